@@ -1,0 +1,796 @@
+"""What a training run needs whatever its algorithm: plain errors, a folder of its own, exact resume.
+
+A run folder belongs to one process at a time (`.lock`). While the run is unfinished it holds `checkpoints/`:
+`<step>.ckpt`, the newest two, and the immutable `<start>-<stop>.segment` files that they list. Each begins with
+the SHA-256 of the rest, is written under another name, synced, and renamed into place, so that a kill at any
+moment leaves the files before it whole. Loading executes nothing: `torch.load(weights_only=True)`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ale_py
+import gymnasium as gym
+import imageio_ffmpeg
+import numpy as np
+import psutil
+import torch
+import tyro
+from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stderr
+
+# Flags that leave every weight and every logged point of the training as it is: they never block a resume.
+NEUTRAL_FLAGS = {
+    *("num_threads", "cuda", "checkpoint_frequency", "runs_dir", "overwrite", "async_envs"),
+    *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
+}
+KEPT_CHECKPOINTS = 2
+PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+class BadInput(Exception):
+    """What was asked for cannot be: exit code 2, nothing written."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the run: exit code 128 + its number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def launch(main: Callable[[Any], None], args_class: type) -> None:
+    """Parse the command line, run `main(args)`, and turn what a user can cause into one line and an exit code.
+
+    Args:
+        args_class: dataclass of flags; each of its bases becomes a group of `--help`.
+    """
+    groups = dataclasses.make_dataclass("Args", [(base.__name__.lower(), base) for base in args_class.__bases__])
+    parsed = tyro.cli(groups, description=args_class.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    flags = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
+    try:
+        main(args_class(**flags))
+    except BadInput as error:
+        leave(2, f"error: {error}")
+    except RunFailed as error:
+        leave(1, f"error: {error}")
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        leave(1, f"error: {disk_full_message(error)}")
+    except Stopped as stop:
+        command = shlex.join(["python", *sys.argv])
+        leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; this resumes it: {command}")
+    except KeyboardInterrupt:  # before the run has begun
+        leave(130, "interrupted; nothing was trained")
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """Print one line on stderr and exit at once: a writer thread on a full disk cannot be joined."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def disk_full_message(error: OSError) -> str:
+    return (
+        f"cannot write {error.filename or 'the run folder'}: {error.strerror}. The last checkpoint is whole: "
+        "free some space, then the same command resumes the run"
+    )
+
+
+def refuse_unless(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
+
+
+def require(condition: bool, args: Any, name: str, expected: str) -> None:
+    """Refuse the flag `name`, saying its value and what was expected."""
+    refuse_unless(condition, f"--{name.replace('_', '-')} is {getattr(args, name)}; it must {expected}")
+
+
+# ------------------------------------------------------------------------------- what is checked beforehand
+
+
+def check_env_id(env_id: str) -> None:
+    """Accept `<Game>NoFrameskip-v4` and nothing else.
+
+    Raises:
+        BadInput: with the id that was probably meant.
+    """
+    known = [name for name in gym.registry if name.endswith("NoFrameskip-v4")]
+    if env_id in known:
+        return
+    wanted = "--env-id takes <Game>NoFrameskip-v4, e.g. BreakoutNoFrameskip-v4"
+    game = env_id.removeprefix("ALE/").rsplit("-v", 1)[0].removesuffix("NoFrameskip").removesuffix("-ram")
+    same_game = f"{game}NoFrameskip-v4"
+    if same_game in known:
+        raise BadInput(f"{env_id} skips frames or repeats actions by itself; use --env-id {same_game}")
+    if env_id in gym.registry and not str(gym.registry[env_id].entry_point).startswith("ale_py"):
+        raise BadInput(f"{env_id} is not an Atari environment; {wanted}")
+    close = difflib.get_close_matches(same_game, known, n=3)
+    raise BadInput(f"there is no game {env_id!r}; " + (f"did you mean {', '.join(close)}?" if close else wanted))
+
+
+def check_memory(needed: int, what: str) -> str:
+    """Compare what the run needs with what this process may still use.
+
+    Args:
+        needed: bytes.
+        what: the part of the run that needs most, and the flag that sets it.
+
+    Returns:
+        "1.3 GB needed, 20.1 GB free", for the header.
+
+    Raises:
+        BadInput: it cannot fit.
+    """
+    free = psutil.virtual_memory().available
+    # A container's or a Slurm job's limit (cgroup v2) is lower than what the machine has.
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if os.path.exists("/proc/self/cgroup") else ():
+        group = Path("/sys/fs/cgroup") / line.rsplit(":", 1)[1].lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if limit.exists() and limit.read_text().strip().isdigit():
+                free = min(free, int(limit.read_text()) - int((folder / "memory.current").read_text()))
+    summary = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    refuse_unless(needed <= free, f"not enough memory: {summary}; {what}")
+    return summary
+
+
+def check_runs_dir(runs_dir: str) -> None:
+    """Refuse a runs folder that cannot be made or written, without making it.
+
+    Raises:
+        BadInput
+    """
+    existing = Path(runs_dir).absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    refuse_unless(existing.is_dir(), f"--runs-dir {runs_dir}: {existing} is not a folder; name another one")
+    writable = os.access(existing, os.W_OK | os.X_OK) and not os.statvfs(existing).f_flag & os.ST_RDONLY
+    refuse_unless(writable, f"--runs-dir {runs_dir}: {existing} is not writable; name another folder")
+
+
+def check_common_flags(args: Any, width: int) -> None:
+    """What both algorithms refuse.
+
+    Args:
+        width: of the representation.
+
+    Raises:
+        BadInput
+    """
+    check_env_id(args.env_id)
+    for name in ("total_timesteps", "learning_rate", "dead_threshold"):
+        require(getattr(args, name) > 0, args, name, "be positive")
+    for name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
+        require(getattr(args, name) >= 0, args, name, "not be negative")
+    require(0 <= args.gamma <= 1, args, "gamma", "lie in [0, 1]")
+    enough = f"be at least {width}, the width of {args.activation}'s representation, or a rank means nothing"
+    require(args.metrics_samples >= width, args, "metrics_samples", enough)
+    films_something = args.eval_episodes > 0 or not args.capture_video
+    refuse_unless(films_something, "--capture-video films the evaluation; add e.g. --eval-episodes 1")
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    refuse_unless(has_wandb or not args.track, "--track needs Weights & Biases; install it: pip install wandb")
+    require(
+        args.exp_name not in ("", ".", "..") and "/" not in args.exp_name,
+        args,
+        "exp_name",
+        "be part of a folder's name",
+    )
+    check_runs_dir(args.runs_dir)
+
+
+# -------------------------------------------------------------------------------------------- environment
+
+
+class WholeGames(gym.Wrapper):
+    """Outermost wrapper: tells when a whole game has ended, and can be saved and restored in mid-game.
+
+    `info["episode"]` of a step or of a reset holds the game that ended in it: `r`, the unclipped score, and `l`,
+    its length in agent steps. (A reset can end a game: after a lost life stable-baselines3 plays on in it.)
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.wrappers: list[gym.Env] = []
+        while isinstance(env, gym.Wrapper):
+            self.wrappers.append(env)
+            env = env.env
+        self.statistics = next(wrapper for wrapper in self.wrappers if isinstance(wrapper, RecordEpisodeStatistics))
+        self.games = self.agent_steps = 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return obs, self._with_game(info)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.agent_steps += 1
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, float(reward), bool(terminated), bool(truncated), self._with_game(info)
+
+    def _with_game(self, info: dict) -> dict:
+        info = {key: value for key, value in info.items() if key != "episode"}
+        if self.statistics.episode_count > self.games:
+            if self.agent_steps:  # none: the no-ops of a reset ran into the game's end
+                info["episode"] = {"r": float(self.statistics.return_queue[-1]), "l": self.agent_steps}
+            self.games, self.agent_steps = self.statistics.episode_count, 0
+        return info
+
+    @property
+    def snapshot(self) -> dict[str, Any]:
+        """The game and the wrappers' own fields; after a reset of another environment, setting it continues exactly."""
+        atari = self.env.unwrapped
+        state = {
+            "ale": np.frombuffer(atari.ale.cloneState(include_rng=True).serialize(), np.uint8).copy(),
+            "generator": json.dumps(atari.np_random.bit_generator.state),
+            "games": self.games,
+            "agent_steps": self.agent_steps,
+        }
+        for wrapper in self.wrappers:
+            if isinstance(wrapper, RecordEpisodeStatistics):
+                state["score"] = float(wrapper.episode_returns)
+                state["frames"] = wrapper.episode_lengths
+            elif isinstance(wrapper, EpisodicLifeEnv):
+                state["lives"] = wrapper.lives
+                state["was_real_done"] = bool(wrapper.was_real_done)
+            elif isinstance(wrapper, MaxAndSkipEnv):
+                state["skip_buffer"] = wrapper._obs_buffer.copy()
+            elif isinstance(wrapper, FrameStackObservation):
+                state["stack"] = np.stack(wrapper.obs_queue)
+        return state
+
+    @snapshot.setter
+    def snapshot(self, state: dict[str, Any]) -> None:
+        atari = self.env.unwrapped
+        atari.ale.restoreState(ale_py.ALEState(np.asarray(state["ale"]).tobytes()))
+        atari.np_random.bit_generator.state = json.loads(state["generator"])
+        self.games, self.agent_steps = state["games"], state["agent_steps"]
+        for wrapper in self.wrappers:
+            if isinstance(wrapper, RecordEpisodeStatistics):
+                wrapper.episode_returns, wrapper.episode_lengths = state["score"], state["frames"]
+                wrapper.episode_count = state["games"]
+            elif isinstance(wrapper, EpisodicLifeEnv):
+                wrapper.lives, wrapper.was_real_done = state["lives"], state["was_real_done"]
+            elif isinstance(wrapper, MaxAndSkipEnv):
+                wrapper._obs_buffer[:] = np.asarray(state["skip_buffer"])
+            elif isinstance(wrapper, FrameStackObservation):
+                wrapper.obs_queue.extend(np.array(state["stack"]))
+
+
+@contextlib.contextmanager
+def film(file: Path | None, env: gym.Env) -> Iterator[Callable[[], None]]:
+    """Yield a function that adds what `env` shows to the mp4 `file`, one picture per agent step; None films nothing."""
+    if file is None:
+        yield lambda: None
+        return
+    height, width, _ = env.render().shape
+    writer = imageio_ffmpeg.write_frames(str(file), (width, height), fps=15, macro_block_size=2)
+    writer.send(None)
+    yield lambda: writer.send(np.ascontiguousarray(env.render()))
+    writer.close()
+
+
+# ------------------------------------------------------------------------------------------ files on disk
+
+
+def write_checked(path: Path, content: Any) -> str:
+    """Write `content` (tensors, arrays, plain values) to `path`, whole or not at all.
+
+    Returns:
+        The SHA-256 that `read_checked` compares, in hex.
+    """
+    buffer = io.BytesIO()
+    torch.save(_tensors(content), buffer)
+    digest = hashlib.sha256(buffer.getbuffer())
+    replace(path, lambda file: (file.write(digest.digest()), file.write(buffer.getbuffer())))
+    return digest.hexdigest()
+
+
+def checked_content(path: Path, digest: str | None = None) -> memoryview:
+    """The bytes that `write_checked` wrote after the digest.
+
+    Raises:
+        ValueError: the file is truncated, corrupt, or not the one that `digest` is of.
+    """
+    content = memoryview(path.read_bytes())
+    found = hashlib.sha256(content[32:])
+    if len(content) <= 32 or found.digest() != content[:32] or digest not in (None, found.hexdigest()):
+        raise ValueError(f"{path} is truncated or corrupt")
+    return content[32:]
+
+
+def read_checked(path: Path, digest: str | None = None) -> Any:
+    """What `write_checked` wrote, arrays as tensors.
+
+    Raises:
+        ValueError: as `checked_content`.
+    """
+    return torch.load(io.BytesIO(checked_content(path, digest)), map_location="cpu", weights_only=True)
+
+
+def replace(path: Path, write: Callable[[Any], Any]) -> None:
+    """Make or replace the file at `path` atomically: the old or the new content survives a crash, nothing between."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _tensors(content: Any) -> Any:
+    """Arrays as tensors, which is what `torch.load(weights_only=True)` reads."""
+    if isinstance(content, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(content))
+    if isinstance(content, dict):
+        return {key: _tensors(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_tensors(value) for value in content]
+    return content
+
+
+def _all_finite(content: Any) -> bool:
+    if isinstance(content, torch.Tensor):
+        return not content.is_floating_point() or bool(torch.isfinite(content).all())
+    if isinstance(content, dict):
+        return all(map(_all_finite, content.values()))
+    return not isinstance(content, (list, tuple)) or all(map(_all_finite, content))
+
+
+# ------------------------------------------------------------------------------------------- random states
+
+
+def seed_everything(seed: int, deterministic: bool) -> np.random.Generator:
+    """Seed python, numpy and torch.
+
+    Args:
+        deterministic: torch's deterministic kernels, where it has them.
+
+    Returns:
+        The generator of everything that the script itself draws.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return np.random.default_rng(seed)
+
+
+def random_states(rng: np.random.Generator) -> dict[str, Any]:
+    """Every random state of this process; the environments' are in their snapshots."""
+    return {
+        "generator": json.dumps(rng.bit_generator.state),
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps(np.random.get_state(legacy=False), default=lambda array: array.tolist()),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any], rng: np.random.Generator) -> None:
+    rng.bit_generator.state = json.loads(states["generator"])
+    version, internal, gauss = json.loads(states["python"])
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = json.loads(states["numpy"])
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """One run's folder, from the lock to `model.pt`; made by `open_run`.
+
+    Attributes:
+        folder: `<runs-dir>/<env_id>__<exp_name>__<activation>__<seed>`.
+        writer: TensorBoard's, points beyond the checkpoint purged.
+        resumed: what the checkpoint holds, or None for a start from nothing.
+        signum: the signal that asked the run to stop, or 0.
+    """
+
+    writer: SummaryWriter
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.resumed: dict[str, Any] | None = None
+        self.signum = 0
+        self._at_once = False  # does a signal stop the run without waiting for a checkpoint?
+        self._segments: dict[int, list] = {}  # [start, stop, digest] of each kept checkpoint's, by step
+        self._good_losses = "none was logged"
+
+    # -- start ----------------------------------------------------------------------------------------
+
+    def leave_if_finished(self) -> None:
+        if (self.folder / "model.pt").exists():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # where a kill came between the two
+            print(f"{self.folder} has finished; --overwrite trains it anew")
+            sys.exit(0)
+
+    def lock(self) -> None:
+        # POSIX locks are not inherited by workers, and the kernel drops those of dead processes.
+        self._lock_file = open(self.folder / ".lock", "a+")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.seek(0)
+            owner = self._lock_file.read().strip() or "another process"
+            raise BadInput(f"{self.folder} is being trained by {owner}; wait for it or stop it") from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock_file.flush()
+
+    def load(self) -> None:
+        """Read the newest whole checkpoint.
+
+        Raises:
+            BadInput: there are checkpoints and none is whole.
+        """
+        files = sorted(self.checkpoints.glob("*.ckpt"), reverse=True)
+        whole: set[str] = set()
+        for file in files:
+            try:
+                content = read_checked(file)
+                for start, stop, digest in content["segments"]:
+                    if digest not in whole:
+                        checked_content(self._segment(start, stop), digest)
+                        whole.add(digest)
+            except (ValueError, OSError) as error:
+                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+                continue
+            self._segments[content["step"]] = content["segments"]
+            if self.resumed is None:
+                self.resumed = content
+        if files and self.resumed is None:
+            raise BadInput(
+                f"none of the {len(files)} checkpoints in {self.checkpoints} is whole; nothing was changed: "
+                "restore one from a backup, or start anew with --overwrite"
+            )
+
+    def read_segments(self) -> Iterator[Any]:
+        """The segments of the checkpoint that is resumed, in order, one in memory at a time."""
+        for start, stop, digest in self.resumed["segments"]:
+            yield read_checked(self._segment(start, stop), digest)
+
+    def purge_events(self) -> None:
+        """Cut the event files back to where the checkpoint found them; without one, delete them."""
+        known = self.resumed["event_files"] if self.resumed else {}
+        for file in self.folder.glob("events.out.tfevents.*"):
+            size, digest = known.pop(file.name, (0, ""))
+            if size == 0:
+                file.unlink()
+                continue
+            os.truncate(file, min(size, file.stat().st_size))
+            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                print(f"warning: {file} is damaged; curves will lack points", file=sys.stderr)
+        for name in known:
+            print(f"warning: {self.folder / name} is gone; curves will lack its points", file=sys.stderr)
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        if self.signum:  # the second one
+            os._exit(128 + signum)
+        self.signum = signum
+        if self._at_once:
+            raise Stopped(signum)
+
+    def print_header(self, args: Any, device: torch.device, start: int, memory: str) -> None:
+        """What is about to happen, before the first step."""
+        config = json.loads((self.folder / "config.json").read_text())
+        threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+        print(f"{config['algorithm'].upper()}, {args.activation}, on {args.env_id}, seed {args.seed}")
+        print(f"  run folder  {self.folder}")
+        print(f"  device      {device}{threads}, {config['parameters']:,} parameters, {memory}")
+        print(f"  agent steps {args.total_timesteps:,}" + (f", resumed at {start:,}" if start else ""), flush=True)
+
+    # -- while it runs --------------------------------------------------------------------------------
+
+    def log_losses(self, losses: dict[str, torch.Tensor], step: int) -> None:
+        """Log `losses/<name>`, the only place where the device is waited for.
+
+        Raises:
+            RunFailed: a loss is NaN or infinite.
+        """
+        values = {name: float(value) for name, value in losses.items()}
+        text = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        if not np.isfinite(list(values.values())).all():
+            raise RunFailed(
+                f"the training diverged before step {step:,}: {text}; the last good values: {self._good_losses}"
+            )
+        for name, value in values.items():
+            self.writer.add_scalar(f"losses/{name}", value, step)
+        if values:
+            self._good_losses = f"{text} at step {step:,}"
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        export: Callable[[int, int], dict[str, Any]] | None = None,
+        first_needed: int = 0,
+    ) -> None:
+        """Write a checkpoint, then delete what no kept checkpoint needs.
+
+        Args:
+            step: agent steps so far.
+            state: tensors, arrays and plain values.
+            export: gives the entries [start, stop) of a memory that gains one per step; those that no segment
+                holds yet become one.
+            first_needed: of those entries.
+
+        Raises:
+            RunFailed: the state holds NaN or infinity.
+            OSError: the disk is full; the checkpoints before this one are whole.
+        """
+        if not _all_finite(state):
+            raise RunFailed(f"at step {step:,} the weights are NaN or infinite; no checkpoint of them was written")
+        self.checkpoints.mkdir(exist_ok=True)
+        segments = [
+            entry for entry in self._segments.get(max(self._segments, default=0), []) if entry[1] > first_needed
+        ]
+        start = max([first_needed, *(stop for _, stop, _ in segments)])
+        if export and start < step:
+            segments = [*segments, [start, step, write_checked(self._segment(start, step), export(start, step))]]
+        self.writer.flush()
+        event_files = {}
+        for file in self.folder.glob("events.out.tfevents.*"):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                content = opened.read()
+            event_files[file.name] = (len(content), hashlib.sha256(content).hexdigest())
+        content = {"step": step, "segments": segments, "event_files": event_files, **state}
+        write_checked(self.checkpoints / f"{step:010d}.ckpt", content)
+
+        self._segments = dict(sorted((self._segments | {step: segments}).items())[-KEPT_CHECKPOINTS:])
+        keep = {self.checkpoints / f"{kept:010d}.ckpt" for kept in self._segments}
+        keep |= {self._segment(start, stop) for entries in self._segments.values() for start, stop, _ in entries}
+        for file in self.checkpoints.iterdir():
+            if file not in keep:
+                file.unlink()
+
+    def leave_if_signalled(self) -> None:
+        if self.signum:
+            raise Stopped(self.signum)
+
+    def _segment(self, start: int, stop: int) -> Path:
+        return self.checkpoints / f"{start:010d}-{stop:010d}.segment"
+
+    # -- end ------------------------------------------------------------------------------------------
+
+    def ending(self) -> None:
+        """From here on a signal stops the run at once; what is left to do is repeated by a resume."""
+        self._at_once = True
+        self.leave_if_signalled()
+
+    def finish(self, activations: dict[str, np.ndarray], weights: dict[str, torch.Tensor]) -> None:
+        """Write `activations.npz`, then `model.pt`, then delete the checkpoints."""
+        self.writer.close()
+        if activations:
+            replace(self.folder / "activations.npz", lambda file: np.savez_compressed(file, **activations))
+        replace(self.folder / "model.pt", lambda file: torch.save(weights, file))
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def print_summary(self, returns: list[float], representation: dict[str, float]) -> None:
+        """How it went, and where to look."""
+        games = f"{np.mean(returns):.2f} over the last {len(returns)} games" if returns else "no game has ended"
+        print(f"finished {self.folder}")
+        print(f"  return          {games}")
+        if representation:
+            std_dead = representation["std_dead_neurons"]
+            print(f"  dead neurons    {representation['dead_neurons']:.1%} (constant to 1e-3: {std_dead:.1%})")
+            print(f"  effective rank  {representation['effective_rank']:.0f}")
+        else:
+            print("  dead neurons and effective rank were not measured: fewer observations than --metrics-samples")
+        print(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {self.folder.parent}")
+
+
+def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -> Run:
+    """Claim the run's folder: new, or to be resumed from its newest whole checkpoint.
+
+    Args:
+        algorithm: "dqn" or "ppo".
+        args: the flags.
+        parameters: of the network.
+
+    Raises:
+        BadInput: other flags than the run had, another process at work in it, no checkpoint whole, not a run's folder.
+        SystemExit: 0, the run has finished.
+    """
+    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
+    run = Run(folder)
+    config = {
+        "algorithm": algorithm,
+        "args": dataclasses.asdict(args),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "device": str(device),
+        "parameters": parameters,
+    }
+    config_file = folder / "config.json"
+    is_run = config_file.exists()
+    if folder.exists() and not is_run:
+        strangers = [file.name for file in folder.iterdir() if file.name not in (".lock", "config.json.tmp")]
+        refuse_unless(not strangers, f"{folder} exists and is not a run's folder (no config.json): move it away")
+    if is_run and not args.overwrite:
+        old = _compared_config(config_file, config)
+        run.leave_if_finished()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock()
+    except OSError as error:
+        raise BadInput(f"--runs-dir {args.runs_dir}: {error.strerror}; name a folder that can be written") from None
+    # Another process may have held the lock until now.
+    refuse_unless(config_file.exists() == is_run, f"{folder} was begun by another process just now; try again")
+    if not args.overwrite:
+        run.leave_if_finished()
+
+    if is_run and args.overwrite:
+        for file in folder.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != ".lock":
+                file.unlink()
+    elif is_run:
+        run.load()
+        run.purge_events()
+        changes = {key: config[key] for key in ("versions", "device") if old[key] != config[key]}
+        for key in changes:
+            was, now = old[key], config[key]
+            if key == "versions":
+                was = {name: was.get(name) for name in now if was.get(name) != now[name]}
+                now = {name: now[name] for name in was}
+            print(
+                f"warning: this run began with {key} {was}, now {now}: it may not continue bit by bit", file=sys.stderr
+            )
+        if changes:
+            step = run.resumed["step"] if run.resumed else 0
+            config = old | {"resumes": [*old.get("resumes", []), {"step": step, **changes}]}
+        else:
+            config = old
+    if not is_run or args.overwrite or config != old:
+        replace(config_file, lambda file: file.write(json.dumps(config, indent=2).encode()))
+
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=folder.name,
+            name=folder.name,
+            resume="allow",
+            config=config["args"],
+            sync_tensorboard=True,
+            dir=str(folder),
+        )
+    purge_step = run.resumed["step"] + 1 if run.resumed else None
+    run.writer = SummaryWriter(str(folder), purge_step=purge_step)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, run.on_signal)
+    return run
+
+
+def _compared_config(file: Path, new: dict) -> dict:
+    """The run's config.json, where it agrees with the flags of this command."""
+    try:
+        old = json.loads(file.read_text())
+        old_args, new_args = old["args"], json.loads(json.dumps(new["args"]))
+        old["algorithm"], old["versions"], old["device"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{file} is unreadable: restore it, or start anew with --overwrite") from None
+    differing = [
+        f"--{name.replace('_', '-')} {new_args.get(name)} (was {old_args.get(name)})"
+        for name in sorted(old_args.keys() | new_args.keys())
+        if name not in NEUTRAL_FLAGS and old_args.get(name) != new_args.get(name)
+    ]
+    if old["algorithm"] != new["algorithm"]:
+        differing.insert(0, f"algorithm {new['algorithm']} (was {old['algorithm']})")
+    refuse_unless(
+        not differing,
+        f"{file.parent} was started with other flags: {', '.join(differing)}; "
+        "use the same ones, another --exp-name, or --overwrite",
+    )
+    return old
+
+
+def _commit() -> str | None:
+    """Of the working tree that this file lies in, "-dirty" where it was changed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A bar on a terminal; elsewhere the same line every 30 seconds."""
+
+    def __init__(self, total: int, done: int):
+        self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None)
+        self.first, self.total, self.done = done, total, done
+        self.start = self.printed = time.monotonic()
+
+    def update(self, step: int, **values: str) -> None:
+        """Show `step` agent steps and, beside speed and time left, `values`."""
+        if not self.bar.disable:
+            self.bar.set_postfix(values, refresh=False)
+        self.bar.update(step - self.done)
+        self.done = step
+        if self.bar.disable and time.monotonic() - self.printed >= PRINT_SECONDS:
+            self.printed = time.monotonic()
+            postfix = ", ".join(f"{name}={value}" for name, value in values.items())
+            elapsed = self.printed - self.start
+            line = tqdm.format_meter(
+                step, self.total, elapsed, ncols=0, unit="step", initial=self.first, postfix=postfix
+            )
+            print(line, flush=True)
+
+    def speed(self) -> float:
+        """Agent steps per second since this process began."""
+        return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# From nothing to a DQN with a LaN that has trained on real Breakout, in some three minutes on two CPU cores:
+#   bash scripts/quickstart.sh [flags of dqn_atari_lan.py]
+# The schedule is the paper's, scaled down; run again, it resumes or says that the run has finished.
+set -euo pipefail
+source "$(dirname "$0")/venv.sh"
+
+exec .venv/bin/python dqn_atari_lan.py \
+    --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1 --exp-name quickstart \
+    --total-timesteps 24000 --buffer-size 24000 --learning-starts 2000 --exploration-fraction 0.5 \
+    --metrics-frequency 3000 --checkpoint-frequency 6000 "$@"

@@ -1,0 +1,198 @@
+"""metrics.py against scipy, numpy and numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import gaussian_kde
+
+import metrics
+
+JITTER = math.sqrt(1e-5)
+
+
+def scipy_peak(samples):
+    """The maximum of scipy's density, looked for on the samples and on a fine grid around the best of them."""
+    samples = samples.double().numpy()
+    density = gaussian_kde(samples)
+    bandwidth = density.factor * samples.std(ddof=1)
+    coarse = np.concatenate([samples[::3], np.linspace(samples.min(), samples.max(), 1500)])
+    best = coarse[density(coarse).argmax()]
+    return density(np.linspace(best - bandwidth, best + bandwidth, 201)).max()
+
+
+def adversarial_batch(n, w):
+    """Named columns, repeated with fresh samples up to width w."""
+    draw = torch.randn
+    kinds = {
+        "constant zero": lambda: torch.zeros(n),
+        "constant one": lambda: torch.ones(n),
+        "saturated at +1": lambda: torch.tanh(6 + draw(n)),
+        "saturated at -1": lambda: torch.tanh(-6 + draw(n)),
+        "both ends": lambda: torch.tanh(30 * draw(n)),
+        "one end, rarely the other": lambda: torch.where(torch.rand(n) < 0.02, -1.0, 1.0),
+        # Jitter and kernel widen a normal density of deviation s to sqrt((s^2 + JITTER^2) (1 + n^-0.4)).
+        "just above the threshold": lambda: 0.97 * borderline(n) * draw(n),
+        "just below the threshold": lambda: 1.03 * borderline(n) * draw(n),
+        "one outlier": lambda: torch.cat([torch.ones(1), torch.zeros(n - 1)]),
+        "one huge outlier": lambda: torch.cat([torch.full((1,), 100.0), 0.01 * draw(n - 1)]),
+        "alive": lambda: torch.tanh(draw(n)),
+        "sparse": lambda: torch.relu(draw(n) - 1.5),
+        "two narrow modes": lambda: torch.where(torch.rand(n) < 0.5, 0.3, 0.35) + 0.002 * draw(n),
+        "uniform": lambda: torch.rand(n),
+        "heavy tails": lambda: torch.distributions.StudentT(2.0).sample((n,)),
+    }
+    makers = list(kinds.values())
+    return torch.stack([makers[i % len(makers)]() for i in range(w)], dim=1)
+
+
+def borderline(n):
+    """The standard deviation whose expected peak density is 20."""
+    return math.sqrt((metrics.K0 / 20) ** 2 / (1 + n**-0.4) - JITTER**2)
+
+
+@pytest.mark.parametrize("width", [512, 1024])
+def test_peaks_and_verdicts_are_scipys(width):
+    """Would catch: another bandwidth rule, a maximum over too coarse a grid, an approximation that flips a verdict."""
+    torch.manual_seed(width)
+    jittered = adversarial_batch(2048, width)
+    jittered = jittered + JITTER * torch.randn(jittered.shape)
+    ours = metrics.kde_peak_density(jittered, noise_variance=0).numpy()
+    checked = range(0, width, 4 if width == 1024 else 1)
+    theirs = np.array([scipy_peak(jittered[:, i]) for i in checked])
+    ours = ours[list(checked)]
+    np.testing.assert_allclose(ours, theirs, rtol=0.01)
+    verdicts = metrics.dead_neurons(jittered, noise_variance=0).numpy()[list(checked)]
+    assert (verdicts == (theirs >= 20)).all()
+    assert 0.2 < verdicts.mean() < 0.8  # the batch holds both
+
+
+@given(st.integers(0, 2**31), st.sampled_from([16, 100, 2048]), st.floats(1e-3, 10), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_random_mixtures_agree_with_scipy(seed, n, scale, modes):
+    """Would catch: a grid that misses the highest of several modes, or depends on the activations' scale."""
+    rng = np.random.default_rng(seed)
+    centres, widths = rng.normal(size=modes) * scale, rng.uniform(0.001, 0.3, modes) * scale
+    component = rng.integers(modes, size=n)
+    samples = torch.tensor(rng.normal(centres[component], widths[component]), dtype=torch.float32)
+    ours = metrics.kde_peak_density(samples[:, None], noise_variance=0).item()
+    assert ours == pytest.approx(scipy_peak(samples), rel=0.01)
+
+
+def test_peak_of_a_normal_density_with_deviation_002_is_the_threshold():
+    """SPEC: omega = 20 is the peak of N(0, 0.02). Would catch: a kernel without its 1/sqrt(2 pi)."""
+    quantiles = torch.tensor(
+        [math.sqrt(2) * torch.erfinv(torch.tensor(2 * (i + 0.5) / 20000 - 1)) for i in range(20000)]
+    )
+    peak = metrics.kde_peak_density(0.02 * quantiles[:, None], noise_variance=0).item()
+    smoothing = math.sqrt(1 + 20000**-0.4)
+    assert peak == pytest.approx(metrics.K0 / 0.02 / smoothing, rel=0.002)
+
+
+def test_jitter_is_normal_with_variance_1e_5_and_follows_its_generator():
+    """Would catch: 1e-5 taken for the standard deviation, and a draw from the global generator."""
+    constant = torch.full((2048, 512), 0.5)
+    before = torch.get_rng_state()
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    first, same, other = (metrics.kde_peak_density(constant, generator=g) for g in generators)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+    expected = metrics.K0 / (JITTER * math.sqrt(1 + 2048**-0.4))
+    assert first.mean().item() == pytest.approx(expected, rel=0.03)
+
+
+def test_a_constant_neuron_without_jitter_is_infinitely_dense():
+    assert metrics.kde_peak_density(torch.ones(10, 2), noise_variance=0).tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("singular_values", "rank"),
+    [
+        ([1.0], 1),
+        ([5, 5, 5, 5], 4),  # 3/4 < 0.99
+        ([99, 1], 1),  # exactly 0.99 is enough
+        ([98.9, 1.1], 2),
+        ([60, 30, 9, 0.9, 0.1], 3),  # 0.99 of 100 is reached by the third
+        ([60, 30, 8.9, 1, 0.1], 4),
+        ([10, 10, 0.1], 2),  # squares would need 2 as well, but 20/20.1 = 0.995
+        ([90, 9.5, 0.5], 2),  # squares: 8100 of 8190.5 is 0.989, 2 as well
+        ([95, 5], 2),  # squares: 0.997, which would be 1
+    ],
+)
+def test_effective_rank_by_hand(singular_values, rank):
+    """Would catch: squared singular values, > instead of >=, an off-by-one in k."""
+    w = len(singular_values)
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, w)))[0] for size in (50, w))
+    features = torch.tensor(left @ np.diag(singular_values) @ right.T)
+    assert metrics.effective_rank(features) == rank
+    p = np.array(singular_values) / sum(singular_values)
+    assert metrics.entropy_rank(features) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
+
+
+def test_ranks_of_special_matrices():
+    """Would catch: centring the features (rank one of equal rows would become 0) and 0/0."""
+    ones = torch.ones(2048, 512)
+    assert metrics.effective_rank(ones) == 1
+    assert metrics.entropy_rank(ones) == pytest.approx(1, abs=1e-3)
+    assert metrics.effective_rank(torch.zeros(20, 5)) == 0
+    assert metrics.entropy_rank(torch.zeros(20, 5)) == 0
+    assert metrics.effective_rank(torch.eye(3, 8)) == 3  # n < w
+    assert metrics.entropy_rank(torch.eye(3, 8)) == pytest.approx(3)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 30), st.integers(1, 30))
+@settings(max_examples=50, deadline=None)
+def test_ranks_agree_with_numpys_svd(seed, n, w):
+    features = np.random.default_rng(seed).normal(size=(n, w)).astype(np.float32)
+    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    share = values.cumsum() / values.sum()
+    assert metrics.effective_rank(torch.tensor(features)) == int(np.argmax(share >= 0.99 - 1e-9)) + 1
+    p = values / values.sum()
+    expected = math.exp(-sum(x * math.log(x) for x in p if x > 0))
+    assert metrics.entropy_rank(torch.tensor(features)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dormant_neurons_by_hand():
+    """Scores 4, 1, 0.1, 0 with mean 1.275; tau 0.1 draws the line at 0.1275. Would catch: no abs, no normalising."""
+    activations = torch.tensor([[4.0, -1.0, 0.1, 0.0], [-4.0, 1.0, -0.1, 0.0]])
+    assert metrics.dormant_neurons(activations, tau=0.1).tolist() == [False, False, True, True]
+    assert metrics.dormant_neurons(activations).tolist() == [False, False, False, True]  # line at 0.0319
+    assert metrics.dormant_neurons(torch.zeros(3, 2)).all()
+
+
+def test_representation_metrics_by_hand():
+    """Two constant neurons, two normal ones. Would catch: a percentage, a norm over the wrong axis, swapped keys."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2048, 4, generator=generator)
+    z[:, 0], z[:, 1] = 3.0, 0.0
+    narrow = torch.zeros(2048, 4)
+    narrow[:, 0] = z[:, 2]
+    values = metrics.representation_metrics(z, {"z_enc": narrow, "z_star": z}, generator=generator)
+    assert values["dead_neurons"] == values["std_dead_neurons"] == values["dead_neurons_z_star"] == 0.5
+    assert values["dead_neurons_z_enc"] == 0.75
+    assert values["dormant_neurons"] == 0.25
+    assert values["effective_rank"] == 3
+    assert 2 < values["entropy_rank"] < 3
+    assert values["feature_norm"] == pytest.approx(np.linalg.norm(z.numpy(), axis=1).mean(), rel=1e-5)
+    assert set(values) == {
+        *("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm"),
+        *("dead_neurons_z_enc", "dead_neurons_z_star"),
+    }
+    assert metrics.representation_metrics(z, threshold=1e9, generator=generator)["dead_neurons"] == 0
+
+
+@pytest.mark.parametrize("function", [metrics.kde_peak_density, metrics.effective_rank, metrics.dormant_neurons])
+def test_bad_activations_are_refused(function):
+    for bad in (
+        torch.zeros(5),
+        torch.zeros(0, 3),
+        torch.tensor([[1.0, math.nan], [0, 0]]),
+        torch.full((2, 2), math.inf),
+    ):
+        with pytest.raises(ValueError, match="activations"):
+            function(bad)
