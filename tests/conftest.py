@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # two test workers share two cores
 
 
 class Quadrants(gym.Env):
-    """One quadrant of the picture is lit, its number is the paying action. Ten steps a game: 2.5 at random, 10 at best."""
+    """The lit quadrant of the picture is the paying action. Ten steps a game: 2.5 at random, 10 at best."""
 
     observation_space = gym.spaces.Box(0, 255, (84, 84, 1), np.uint8)
     action_space = gym.spaces.Discrete(4)
