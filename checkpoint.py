@@ -136,18 +136,17 @@ def check_env_id(env_id: str) -> None:
     Raises:
         BadInput: with the id that was probably meant.
     """
-    known = [name for name in gym.registry if name.endswith("NoFrameskip-v4")]
-    if env_id in known:
+    games = {name.removesuffix("NoFrameskip-v4") for name in gym.registry if name.endswith("NoFrameskip-v4")}
+    if env_id.removesuffix("NoFrameskip-v4") in games and env_id.endswith("NoFrameskip-v4"):
         return
     wanted = "--env-id takes <Game>NoFrameskip-v4, e.g. BreakoutNoFrameskip-v4"
-    game = env_id.removeprefix("ALE/").rsplit("-v", 1)[0].removesuffix("NoFrameskip").removesuffix("-ram")
-    same_game = f"{game}NoFrameskip-v4"
-    if same_game in known:
-        raise BadInput(f"{env_id} skips frames or repeats actions by itself; use --env-id {same_game}")
+    game = env_id.removeprefix("ALE/").rsplit("-v", 1)[0].removesuffix("NoFrameskip")
+    if game in games:
+        raise BadInput(f"{env_id} skips frames or repeats actions by itself; use --env-id {game}NoFrameskip-v4")
     if env_id in gym.registry and not str(gym.registry[env_id].entry_point).startswith("ale_py"):
         raise BadInput(f"{env_id} is not an Atari environment; {wanted}")
-    close = difflib.get_close_matches(same_game, known, n=3)
-    raise BadInput(f"there is no game {env_id!r}; " + (f"did you mean {', '.join(close)}?" if close else wanted))
+    close = [f"{name}NoFrameskip-v4" for name in difflib.get_close_matches(game, games, n=3, cutoff=0.7)]
+    raise BadInput(f"there is no game {env_id!r}; " + (f"did you mean {' or '.join(close)}?" if close else wanted))
 
 
 def check_memory(needed: int, what: str) -> str:
@@ -379,6 +378,15 @@ def _tensors(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_tensors(value) for value in content]
     return content
+
+
+def arrays(content: Any) -> Any:
+    """Tensors as arrays again, for what goes to another process."""
+    if isinstance(content, torch.Tensor):
+        return content.numpy()
+    if isinstance(content, dict):
+        return {key: arrays(value) for key, value in content.items()}
+    return [arrays(value) for value in content] if isinstance(content, list) else content
 
 
 def _all_finite(content: Any) -> bool:
@@ -638,7 +646,7 @@ class Run:
             print(f"  dead neurons    {representation['dead_neurons']:.1%} (constant to 1e-3: {std_dead:.1%})")
             print(f"  effective rank  {representation['effective_rank']:.0f}")
         else:
-            print("  dead neurons and effective rank were not measured: fewer observations than --metrics-samples")
+            print("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
         print(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {self.folder.parent}")
 
 
