@@ -470,7 +470,7 @@ class Run:
 
     def leave_if_finished(self) -> None:
         if (self.folder / "model.pt").exists():
-            shutil.rmtree(self.checkpoints, ignore_errors=True)  # where a kill came between the two
+            self.delete_checkpoints()  # where a kill came between the two
             print(f"{self.folder} has finished; --overwrite trains it anew")
             sys.exit(0)
 
@@ -634,6 +634,9 @@ class Run:
         if activations:
             replace(self.folder / "activations.npz", lambda file: np.savez_compressed(file, **activations))
         replace(self.folder / "model.pt", lambda file: torch.save(weights, file))
+        self.delete_checkpoints()
+
+    def delete_checkpoints(self) -> None:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def print_summary(self, returns: list[float], representation: dict[str, float]) -> None:

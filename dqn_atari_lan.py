@@ -349,7 +349,7 @@ class ReplayMemory:
         finals = [self.final_frames.get(n, b"") for n in t.tolist()]
         data = b"".join(self._packed(n) for n in t.tolist())
         return {
-            "start": np.array(start),
+            "start": start,
             "frames": np.frombuffer(bytearray(data), np.uint8),
             "lengths": (self.end[i] - self.begin[i]).astype(np.int32),
             "finals": np.frombuffer(bytearray(b"".join(finals)), np.uint8),
