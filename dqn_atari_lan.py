@@ -257,7 +257,7 @@ class ReplayMemory:
     """
 
     SEGMENT = 10_000
-    BYTES_PER_TRANSITION = 1100  # what BeamRider, the worst of the eight games, needs
+    BYTES_PER_TRANSITION = 1500  # what Q*bert, the largest of the eight games, needs
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -281,9 +281,8 @@ class ReplayMemory:
         self, frame: np.ndarray, action: int, reward: float, terminated: bool, truncated: bool, next_frame: np.ndarray
     ) -> None:
         """Store a transition: the newest frame of its observation, and of the one that followed, each 84 x 84 uint8."""
-        final = lz4.block.compress(next_frame.tobytes(), store_size=False) if truncated and not terminated else b""
-        packed = lz4.block.compress(frame.tobytes(), store_size=False)
-        self._append(packed, action, reward, terminated, self.starts_episode, final)
+        final = _pack(next_frame) if truncated and not terminated else b""
+        self._append(_pack(frame), action, reward, terminated, self.starts_episode, final)
         self.newest_frame = np.array(next_frame, np.uint8).reshape(84, 84)
         self.starts_episode = terminated or truncated
 
@@ -379,8 +378,14 @@ class ReplayMemory:
         self.newest_frame, self.starts_episode = np.array(newest_frame), starts_episode
 
 
+def _pack(frame: np.ndarray) -> bytes:
+    # Column by column, and with some effort, even Q*bert's frames take less than 1,450 bytes on average.
+    return lz4.block.compress(frame.tobytes(order="F"), mode="high_compression", compression=4, store_size=False)
+
+
 def _unpack(packed: bytes | memoryview) -> np.ndarray:
-    return np.frombuffer(lz4.block.decompress(packed, uncompressed_size=84 * 84), np.uint8).reshape(84, 84)
+    frame = np.frombuffer(lz4.block.decompress(packed, uncompressed_size=84 * 84), np.uint8)
+    return frame.reshape((84, 84), order="F")
 
 
 # ------------------------------------------------------------------------------------------ mathematics

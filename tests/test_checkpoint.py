@@ -77,7 +77,7 @@ BAD_DQN_INPUT = {
     "memory below a batch": ("--buffer-size 31", "--buffer-size is 31; it must be at least --batch-size 32"),
     "memory": (
         "--buffer-size 1000000000 --total-timesteps 1000000000",
-        "not enough memory: 1100.8 GB needed",
+        "not enough memory: 1500.8 GB needed",
     ),
     "exploration": ("--end-e 1.1", "--end-e is 1.1; it must lie in [0, 1]"),
 }
