@@ -99,7 +99,7 @@ def fill_and_checkpoint(steps: int) -> None:
             run.save(step, state, memory.export, oldest)
             stalls.append(time.perf_counter() - start)
         print(
-            f"a checkpoint of 50,000 new ones and a LaN's weights: {np.median(stalls):.2f} s, at most {max(stalls):.2f} s"
+            f"a checkpoint of 50,000 new ones and a LaN's weights: {np.median(stalls):.2f} s, most {max(stalls):.2f} s"
         )
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"run folder: {size / 1e9:.2f} GB")
