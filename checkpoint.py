@@ -6,6 +6,7 @@ the SHA-256 of the rest, is written under another name, synced, and renamed into
 moment leaves the files before it whole. Loading executes nothing: `torch.load(weights_only=True)`.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -94,7 +95,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        leave(1, f"error: {disk_full_message(error)}")
+        print(f"error: {disk_full_message(error)}", file=sys.stderr, flush=True)
+        os._exit(1)  # TensorBoard's writer would wait for the full disk
     except Stopped as stop:
         command = shlex.join(["python", *sys.argv])
         leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; this resumes it: {command}")
@@ -103,11 +105,9 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Print one line on stderr and exit at once: a writer thread on a full disk cannot be joined."""
+    """Print one line on stderr and exit."""
     print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(code)
 
 
 def disk_full_message(error: OSError) -> str:
@@ -169,7 +169,9 @@ def check_memory(needed: int, what: str) -> str:
         for folder in (group, *group.parents):
             limit = folder / "memory.max"
             if limit.exists() and limit.read_text().strip().isdigit():
-                free = min(free, int(limit.read_text()) - int((folder / "memory.current").read_text()))
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
+                free = min(free, int(limit.read_text()) - used)
     summary = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
     refuse_unless(needed <= free, f"not enough memory: {summary}; {what}")
     return summary
@@ -735,6 +737,7 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         )
     purge_step = run.resumed["step"] + 1 if run.resumed else None
     run.writer = SummaryWriter(str(folder), purge_step=purge_step)
+    atexit.register(run.writer.close)  # however the run ends, what was logged reaches the disk
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, run.on_signal)
     return run
