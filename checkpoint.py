@@ -52,6 +52,7 @@ NEUTRAL_FLAGS = {
     *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
 }
 KEPT_CHECKPOINTS = 2
+SEGMENT_ENTRIES = 25_000  # at most: what a checkpoint copies at once stays small however rare checkpoints are
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,7 +102,7 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         command = shlex.join(["python", *sys.argv])
         leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; this resumes it: {command}")
     except KeyboardInterrupt:  # before the run has begun
-        leave(130, "interrupted; nothing was trained")
+        leave(130, "interrupted before the training began")
 
 
 def leave(code: int, message: str) -> NoReturn:
@@ -112,8 +113,8 @@ def leave(code: int, message: str) -> NoReturn:
 
 def disk_full_message(error: OSError) -> str:
     return (
-        f"cannot write {error.filename or 'the run folder'}: {error.strerror}. The last checkpoint is whole: "
-        "free some space, then the same command resumes the run"
+        f"cannot write {error.filename or 'the run folder'}: {error.strerror}. The last checkpoint, if there was one, "
+        "is whole: free some space, then the same command resumes the run"
     )
 
 
@@ -464,6 +465,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.resumed: dict[str, Any] | None = None
         self.signum = 0
+        self.saved = -1  # agent step of the newest checkpoint
         self._at_once = False  # does a signal stop the run without waiting for a checkpoint?
         self._segments: dict[int, list] = {}  # [start, stop, digest] of each kept checkpoint's, by step
         self._good_losses = "none was logged"
@@ -509,7 +511,7 @@ class Run:
                 continue
             self._segments[content["step"]] = content["segments"]
             if self.resumed is None:
-                self.resumed = content
+                self.resumed, self.saved = content, content["step"]
         if files and self.resumed is None:
             raise BadInput(
                 f"none of the {len(files)} checkpoints in {self.checkpoints} is whole; nothing was changed: "
@@ -553,6 +555,16 @@ class Run:
 
     # -- while it runs --------------------------------------------------------------------------------
 
+    def require_finite(self, network: torch.nn.Module, step: int) -> None:
+        """Raises RunFailed where a weight is NaN or infinite."""
+        if not _all_finite(network.state_dict()):
+            self._diverged(step, "the weights are NaN or infinite")
+
+    def _diverged(self, step: int, what: str) -> NoReturn:
+        raise RunFailed(
+            f"the training diverged before step {step:,}: {what}; the last good losses: {self._good_losses}"
+        )
+
     def log_losses(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """Log `losses/<name>`, the only place where the device is waited for.
 
@@ -562,9 +574,7 @@ class Run:
         values = {name: float(value) for name, value in losses.items()}
         text = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
         if not np.isfinite(list(values.values())).all():
-            raise RunFailed(
-                f"the training diverged before step {step:,}: {text}; the last good values: {self._good_losses}"
-            )
+            self._diverged(step, text)
         for name, value in values.items():
             self.writer.add_scalar(f"losses/{name}", value, step)
         if values:
@@ -591,23 +601,20 @@ class Run:
             OSError: the disk is full; the checkpoints before this one are whole.
         """
         if not _all_finite(state):
-            raise RunFailed(f"at step {step:,} the weights are NaN or infinite; no checkpoint of them was written")
-        self.checkpoints.mkdir(exist_ok=True)
+            self._diverged(step, "the state holds NaN or infinity, no checkpoint of it was written")
+        if not self.checkpoints.exists():
+            self.checkpoints.mkdir()
+            _sync_folder(self.folder)
         segments = [
             entry for entry in self._segments.get(max(self._segments, default=0), []) if entry[1] > first_needed
         ]
         start = max([first_needed, *(stop for _, stop, _ in segments)])
-        if export and start < step:
-            segments = [*segments, [start, step, write_checked(self._segment(start, step), export(start, step))]]
-        self.writer.flush()
-        event_files = {}
-        for file in self.folder.glob("events.out.tfevents.*"):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-                content = opened.read()
-            event_files[file.name] = (len(content), hashlib.sha256(content).hexdigest())
-        content = {"step": step, "segments": segments, "event_files": event_files, **state}
+        for begin in range(start, step if export else start, SEGMENT_ENTRIES):
+            end = min(begin + SEGMENT_ENTRIES, step)
+            segments = [*segments, [begin, end, write_checked(self._segment(begin, end), export(begin, end))]]
+        content = {"step": step, "segments": segments, "event_files": self._sync_events(), **state}
         write_checked(self.checkpoints / f"{step:010d}.ckpt", content)
+        self.saved = step
 
         self._segments = dict(sorted((self._segments | {step: segments}).items())[-KEPT_CHECKPOINTS:])
         keep = {self.checkpoints / f"{kept:010d}.ckpt" for kept in self._segments}
@@ -615,6 +622,17 @@ class Run:
         for file in self.checkpoints.iterdir():
             if file not in keep:
                 file.unlink()
+
+    def _sync_events(self) -> dict[str, tuple[int, str]]:
+        """Bring what was logged to the disk; {event file: (size, SHA-256)}."""
+        self.writer.flush()
+        found = {}
+        for file in self.folder.glob("events.out.tfevents.*"):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                content = opened.read()
+            found[file.name] = (len(content), hashlib.sha256(content).hexdigest())
+        return found
 
     def leave_if_signalled(self) -> None:
         if self.signum:
@@ -625,13 +643,14 @@ class Run:
 
     # -- end ------------------------------------------------------------------------------------------
 
-    def ending(self) -> None:
-        """From here on a signal stops the run at once; what is left to do is repeated by a resume."""
+    def stop_at_once(self) -> None:
+        """From here on, the evaluation, a signal does not wait for a checkpoint: there is one."""
         self._at_once = True
         self.leave_if_signalled()
 
     def finish(self, activations: dict[str, np.ndarray], weights: dict[str, torch.Tensor]) -> None:
         """Write `activations.npz`, then `model.pt`, then delete the checkpoints."""
+        self._sync_events()
         self.writer.close()
         if activations:
             replace(self.folder / "activations.npz", lambda file: np.savez_compressed(file, **activations))
@@ -697,10 +716,12 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         run.leave_if_finished()
 
     if is_run and args.overwrite:
+        # In an order that a kill may interrupt: first it is unfinished, and to the last it is a run.
+        (folder / "model.pt").unlink(missing_ok=True)
         for file in folder.iterdir():
             if file.is_dir():
                 shutil.rmtree(file)
-            elif file.name != ".lock":
+            elif file.name not in (".lock", "config.json"):
                 file.unlink()
     elif is_run:
         run.load()

@@ -145,6 +145,8 @@ def check_flags(args: Args) -> None:
     checkpoint.require(args.learning_starts <= total, args, "learning_starts", f"not exceed --total-timesteps {total}")
     checkpoint.require(args.learning_starts >= batch, args, "learning_starts", f"be at least --batch-size {batch}")
     checkpoint.require(args.buffer_size >= batch, args, "buffer_size", f"be at least --batch-size {batch}")
+    measurable = args.metrics_frequency == 0 or args.buffer_size >= args.metrics_samples
+    checkpoint.require(measurable, args, "buffer_size", f"be at least --metrics-samples {args.metrics_samples}")
 
 
 # ------------------------------------------------------------------------------------------ environment
@@ -345,11 +347,15 @@ class ReplayMemory:
         """What transitions [start, stop) added, for a checkpoint's segment."""
         t = np.arange(start, stop)
         i = t % self.kept
+        slices = []  # frames that follow each other in a segment are one slice of it
+        for begin in (start, *range((start // self.SEGMENT + 1) * self.SEGMENT, stop, self.SEGMENT)):
+            last = min((begin // self.SEGMENT + 1) * self.SEGMENT, stop) - 1
+            segment = self.segments[begin // self.SEGMENT]
+            slices.append(memoryview(segment)[self.begin[begin % self.kept] : self.end[last % self.kept]])
         finals = [self.final_frames.get(n, b"") for n in t.tolist()]
-        data = b"".join(self._packed(n) for n in t.tolist())
         return {
             "start": start,
-            "frames": np.frombuffer(bytearray(data), np.uint8),
+            "frames": np.concatenate([np.frombuffer(part, np.uint8) for part in slices]),
             "lengths": (self.end[i] - self.begin[i]).astype(np.int32),
             "finals": np.frombuffer(bytearray(b"".join(finals)), np.uint8),
             "final_lengths": np.array([len(final) for final in finals], np.int32),
@@ -375,7 +381,7 @@ class ReplayMemory:
                 self._append(frames[begin:end], *row, finals[final_begin:final_end])
                 begin, final_begin = end, final_end
         assert self.added == added, (self.added, added)
-        self.newest_frame, self.starts_episode = np.array(newest_frame), starts_episode
+        self.newest_frame, self.starts_episode = newest_frame, starts_episode
 
 
 def _pack(frame: np.ndarray) -> bytes:
@@ -517,7 +523,7 @@ def main(args: Args) -> None:
         q_network.load_state_dict(saved["q_network"])
         target_network.load_state_dict(saved["target_network"])
         optimizer.load_state_dict(saved["optimizer"])
-        memory.restore(start, run.read_segments(), saved["newest_frame"], saved["starts_episode"])
+        memory.restore(start, run.read_segments(), saved["newest_frame"].numpy(), saved["starts_episode"])
         env.snapshot = saved["env"]
         stack = saved["stack"].numpy()
         returns.extend(saved["returns"])
@@ -544,6 +550,7 @@ def main(args: Args) -> None:
         """The activations of observations drawn from the memory; empty while it holds too few."""
         if len(memory) < args.metrics_samples:
             return {}
+        run.require_finite(q_network, step)
         sampler = np.random.default_rng((args.seed, step))
         chosen = memory.added - len(memory) + sampler.choice(len(memory), args.metrics_samples, replace=False)
         return activations(q_network, memory.frames(chosen)[:, :4], device)
@@ -594,8 +601,12 @@ def main(args: Args) -> None:
             run.leave_if_signalled()
 
     progress.close()
-    run.ending()
     total = args.total_timesteps
+    run.require_finite(q_network, total)
+    if args.eval_episodes:
+        if run.saved < total:
+            save(total)
+        run.stop_at_once()
     sample, representation = measure(total) if args.metrics_frequency else {}, {}
     if sample:
         silent = total % args.metrics_frequency == 0  # it was logged in the loop
@@ -605,7 +616,7 @@ def main(args: Args) -> None:
     video_folder = run.folder if args.capture_video else None
     for game, score in enumerate(evaluate(q_network, args.env_id, args.seed, args.eval_episodes, device, video_folder)):
         run.writer.add_scalar("eval/episodic_return", score, game)
-        print(f"evaluation game {game}: {score:g}")
+        print(f"evaluation game {game}: {score:g}", flush=True)
     env.close()
     run.finish({name: part.cpu().numpy() for name, part in sample.items()}, q_network.state_dict())
     run.print_summary(list(returns), representation)

@@ -9,8 +9,11 @@ python ppo_atari_lan.py --activation tanh-lan --exp-name laptop --total-timestep
 The same command continues a run that was stopped or killed. Losses and charts are logged every 1,000 agent steps.
 """
 
+import ctypes
+import functools
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -173,17 +176,20 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return checkpoint.WholeGames(FrameStackObservation(AtariWrapper(RecordEpisodeStatistics(env)), 4))
 
 
-def make_worker_env(env_id: str) -> gym.Env:
+def make_worker_env(env_id: str, parent: int) -> gym.Env:
     """In a worker: Ctrl-C reaches the whole group of processes, and the parent decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return make_env(env_id)
 
 
 def make_vector_env(env_id: str, num_envs: int, async_envs: bool) -> VectorEnv:
     """`num_envs` games. One that ends is reset in the same step; `final_obs` and `final_info` tell of its end."""
     if async_envs:
-        makers = [lambda: make_worker_env(env_id)] * num_envs
+        makers = [functools.partial(make_worker_env, env_id, parent=os.getpid())] * num_envs
         return AsyncVectorEnv(makers, shared_memory=True, autoreset_mode=AutoresetMode.SAME_STEP)
     return SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
@@ -471,7 +477,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
             "optimizer": optimizer.state_dict(),
             "envs": envs.get_attr("snapshot"),
             "stacks": stacks,
-            "recent": recent,
+            "recent": recent.clone(),  # a view would be saved with all that it is a view of
             "returns": list(returns),
             "random": checkpoint.random_states(rng),
         }
@@ -548,6 +554,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
             if args.target_kl is not None and parts["approx_kl"] > args.target_kl:
                 break
 
+        run.require_finite(network, step)
         if due(LOG_FREQUENCY, step):
             progress.update(step, last_100_games=f"{np.mean(returns):.2f}" if returns else "none yet")
             means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
@@ -562,8 +569,12 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
             run.leave_if_signalled()
 
     progress.close()
-    run.ending()
     total = iterations * rollout_steps
+    run.require_finite(network, total)
+    if args.eval_episodes:
+        if run.saved < total:
+            save(total)
+        run.stop_at_once()
     sample, representation = measure() if args.metrics_frequency else {}, {}
     if sample:
         silent = due(args.metrics_frequency, total)  # it was logged in the loop
@@ -573,7 +584,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     video_folder = run.folder if args.capture_video else None
     for game, score in enumerate(evaluate(network, args.env_id, args.seed, args.eval_episodes, device, video_folder)):
         run.writer.add_scalar("eval/episodic_return", score, game)
-        print(f"evaluation game {game}: {score:g}")
+        print(f"evaluation game {game}: {score:g}", flush=True)
     run.finish({name: part.cpu().numpy() for name, part in sample.items()}, network.state_dict())
     run.print_summary(list(returns), representation)
 
