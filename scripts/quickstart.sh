@@ -7,5 +7,5 @@ source "$(dirname "$0")/venv.sh"
 
 exec .venv/bin/python dqn_atari_lan.py \
     --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1 --exp-name quickstart \
-    --total-timesteps 24000 --buffer-size 24000 --learning-starts 2000 --exploration-fraction 0.5 \
+    --total-timesteps 20000 --buffer-size 20000 --learning-starts 2000 --exploration-fraction 0.5 \
     --metrics-frequency 3000 --checkpoint-frequency 6000 "$@"
