@@ -17,9 +17,12 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import math
+import multiprocessing
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -83,39 +86,61 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     Args:
         args_class: dataclass of flags; each of its bases becomes a group of `--help`.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this)
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
     groups = dataclasses.make_dataclass("Args", [(base.__name__.lower(), base) for base in args_class.__bases__])
     parsed = tyro.cli(groups, description=args_class.__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    flags = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    args = args_class(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
     try:
-        main(args_class(**flags))
+        main(args)
     except BadInput as error:
         leave(2, f"error: {error}")
     except RunFailed as error:
         leave(1, f"error: {error}")
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        print(f"error: {disk_full_message(error)}", file=sys.stderr, flush=True)
-        os._exit(1)  # TensorBoard's writer would wait for the full disk
+        disk_full = error.errno in DISK_FULL
+        what = f"cannot use {error.filename or 'the run folder'}: {error.strerror or error}"
+        remedy = "free some space, then" if disk_full else "mend that, then"
+        line = f"error: {what}. The last checkpoint, if there was one, is whole: {remedy} resume with {_same_command()}"
+        leave(1, line, at_once=disk_full)
     except Stopped as stop:
-        command = shlex.join(["python", *sys.argv])
-        leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; this resumes it: {command}")
+        name = signal.Signals(stop.signum).name
+        leave(128 + stop.signum, f"stopped by {name}; this resumes it: {_same_command()}")
     except KeyboardInterrupt:  # before the run has begun
         leave(130, "interrupted before the training began")
+    except Exception as error:
+        first_line = str(error).split("\n", 1)[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            leave(1, f"error: out of memory: {first_line}; free some, then resume with {_same_command()}")
+        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            leave(1, f"error: --compile failed: {first_line}; start anew without it")
+        raise
+    finally:
+        for worker in multiprocessing.active_children():  # they ignore the SIGTERM that python would send
+            worker.kill()
 
 
-def leave(code: int, message: str) -> NoReturn:
-    """Print one line on stderr and exit."""
-    print(message, file=sys.stderr)
+def leave(code: int, message: str, at_once: bool = False) -> NoReturn:
+    """Print one line on stderr and exit; `at_once` where TensorBoard's writer would wait for a full disk."""
+    print(message, file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(code)
     sys.exit(code)
 
 
-def disk_full_message(error: OSError) -> str:
-    return (
-        f"cannot write {error.filename or 'the run folder'}: {error.strerror}. The last checkpoint, if there was one, "
-        "is whole: free some space, then the same command resumes the run"
-    )
+def say(line: str) -> None:
+    """Print a line; training goes on when nobody reads any more."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _same_command() -> str:
+    return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
 
 
 def refuse_unless(condition: bool, message: str) -> None:
@@ -185,8 +210,11 @@ def check_runs_dir(runs_dir: str) -> None:
         BadInput
     """
     existing = Path(runs_dir).absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+    except OSError as error:
+        raise BadInput(f"--runs-dir {runs_dir}: {error.strerror}; name another folder") from None
     refuse_unless(existing.is_dir(), f"--runs-dir {runs_dir}: {existing} is not a folder; name another one")
     writable = os.access(existing, os.W_OK | os.X_OK) and not os.statvfs(existing).f_flag & os.ST_RDONLY
     refuse_unless(writable, f"--runs-dir {runs_dir}: {existing} is not writable; name another folder")
@@ -202,6 +230,13 @@ def check_common_flags(args: Any, width: int) -> None:
         BadInput
     """
     check_env_id(args.env_id)
+    for name, value in vars(args).items():
+        if isinstance(value, int):
+            require(value < 2**53, args, name, "be below 2**53")
+        if name in ("learning_rate", "adam_eps", "ent_coef", "vf_coef"):
+            require(math.isfinite(value), args, name, "be finite")
+        if name in ("runs_dir", "exp_name"):
+            require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
     for name in ("total_timesteps", "learning_rate", "dead_threshold"):
         require(getattr(args, name) > 0, args, name, "be positive")
     for name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
@@ -213,12 +248,17 @@ def check_common_flags(args: Any, width: int) -> None:
     refuse_unless(films_something, "--capture-video films the evaluation; add e.g. --eval-episodes 1")
     has_wandb = importlib.util.find_spec("wandb") is not None
     refuse_unless(has_wandb or not args.track, "--track needs Weights & Biases; install it: pip install wandb")
-    require(
-        args.exp_name not in ("", ".", "..") and "/" not in args.exp_name,
-        args,
-        "exp_name",
-        "be part of a folder's name",
-    )
+    fits = "/" not in args.exp_name and len(os.fsencode(run_name(args))) <= 255
+    require(fits, args, "exp_name", "be part of a folder's name, which has at most 255 bytes and no slash")
+    cores = os.cpu_count() or 1
+    require(args.num_threads <= cores, args, "num_threads", f"not exceed the {cores} cores of this machine")
+    if args.capture_video:
+        try:
+            imageio_ffmpeg.get_ffmpeg_version()
+        except (OSError, RuntimeError, IndexError) as error:
+            raise BadInput(
+                f"--capture-video needs a working ffmpeg, {imageio_ffmpeg.get_ffmpeg_exe()}: {error}"
+            ) from None
     check_runs_dir(args.runs_dir)
 
 
@@ -308,8 +348,10 @@ def film(file: Path | None, env: gym.Env) -> Iterator[Callable[[], None]]:
     height, width, _ = env.render().shape
     writer = imageio_ffmpeg.write_frames(str(file), (width, height), fps=15, macro_block_size=2)
     writer.send(None)
-    yield lambda: writer.send(np.ascontiguousarray(env.render()))
-    writer.close()
+    try:
+        yield lambda: writer.send(np.ascontiguousarray(env.render()))
+    finally:
+        writer.close()
 
 
 # ------------------------------------------------------------------------------------------ files on disk
@@ -359,9 +401,11 @@ def replace(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
     _sync_folder(path.parent)
 
@@ -460,8 +504,9 @@ class Run:
 
     writer: SummaryWriter
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, algorithm: str):
         self.folder = folder
+        self.algorithm = algorithm
         self.checkpoints = folder / "checkpoints"
         self.resumed: dict[str, Any] | None = None
         self.signum = 0
@@ -473,10 +518,17 @@ class Run:
     # -- start ----------------------------------------------------------------------------------------
 
     def leave_if_finished(self) -> None:
-        if (self.folder / "model.pt").exists():
-            self.delete_checkpoints()  # where a kill came between the two
-            print(f"{self.folder} has finished; --overwrite trains it anew")
-            sys.exit(0)
+        model = self.folder / "model.pt"
+        if not os.path.lexists(model):
+            return
+        refuse_unless(
+            model.is_file() and model.stat().st_size > 0, f"{model} is not a whole file: move it away, or --overwrite"
+        )
+        if self.checkpoints.exists():  # a kill came between model.pt and their deletion
+            self.lock()
+            self.delete_checkpoints(keep=set())
+        say(f"{self.folder} has finished; --overwrite trains it anew")
+        sys.exit(0)
 
     def lock(self) -> None:
         # POSIX locks are not inherited by workers, and the kernel drops those of dead processes.
@@ -492,7 +544,7 @@ class Run:
         self._lock_file.flush()
 
     def load(self) -> None:
-        """Read the newest whole checkpoint.
+        """Read the newest whole checkpoint of this algorithm.
 
         Raises:
             BadInput: there are checkpoints and none is whole.
@@ -502,6 +554,8 @@ class Run:
         for file in files:
             try:
                 content = read_checked(file)
+                if not isinstance(content, dict) or content.get("algorithm") != self.algorithm:
+                    raise ValueError(f"{file} is no checkpoint of {self.algorithm}")
                 for start, stop, digest in content["segments"]:
                     if digest not in whole:
                         checked_content(self._segment(start, stop), digest)
@@ -526,7 +580,7 @@ class Run:
     def purge_events(self) -> None:
         """Cut the event files back to where the checkpoint found them; without one, delete them."""
         known = self.resumed["event_files"] if self.resumed else {}
-        for file in self.folder.glob("events.out.tfevents.*"):
+        for file in filter(Path.is_file, self.folder.glob("events.out.tfevents.*")):
             size, digest = known.pop(file.name, (0, ""))
             if size == 0:
                 file.unlink()
@@ -548,10 +602,10 @@ class Run:
         """What is about to happen, before the first step."""
         config = json.loads((self.folder / "config.json").read_text())
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-        print(f"{config['algorithm'].upper()}, {args.activation}, on {args.env_id}, seed {args.seed}")
-        print(f"  run folder  {self.folder}")
-        print(f"  device      {device}{threads}, {config['parameters']:,} parameters, {memory}")
-        print(f"  agent steps {args.total_timesteps:,}" + (f", resumed at {start:,}" if start else ""), flush=True)
+        say(f"{config['algorithm'].upper()}, {args.activation}, on {args.env_id}, seed {args.seed}")
+        say(f"  run folder  {self.folder}")
+        say(f"  device      {device}{threads}, {config['parameters']:,} parameters, {memory}")
+        say(f"  agent steps {args.total_timesteps:,}" + (f", resumed at {start:,}" if start else ""))
 
     # -- while it runs --------------------------------------------------------------------------------
 
@@ -612,22 +666,26 @@ class Run:
         for begin in range(start, step if export else start, SEGMENT_ENTRIES):
             end = min(begin + SEGMENT_ENTRIES, step)
             segments = [*segments, [begin, end, write_checked(self._segment(begin, end), export(begin, end))]]
-        content = {"step": step, "segments": segments, "event_files": self._sync_events(), **state}
+        content = {
+            "algorithm": self.algorithm,
+            "step": step,
+            "segments": segments,
+            "event_files": self._sync_events(),
+            **state,
+        }
         write_checked(self.checkpoints / f"{step:010d}.ckpt", content)
         self.saved = step
 
         self._segments = dict(sorted((self._segments | {step: segments}).items())[-KEPT_CHECKPOINTS:])
         keep = {self.checkpoints / f"{kept:010d}.ckpt" for kept in self._segments}
         keep |= {self._segment(start, stop) for entries in self._segments.values() for start, stop, _ in entries}
-        for file in self.checkpoints.iterdir():
-            if file not in keep:
-                file.unlink()
+        self.delete_checkpoints(keep)
 
     def _sync_events(self) -> dict[str, tuple[int, str]]:
         """Bring what was logged to the disk; {event file: (size, SHA-256)}."""
         self.writer.flush()
         found = {}
-        for file in self.folder.glob("events.out.tfevents.*"):
+        for file in filter(Path.is_file, self.folder.glob("events.out.tfevents.*")):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
                 content = opened.read()
@@ -654,24 +712,40 @@ class Run:
         self.writer.close()
         if activations:
             replace(self.folder / "activations.npz", lambda file: np.savez_compressed(file, **activations))
-        replace(self.folder / "model.pt", lambda file: torch.save(weights, file))
-        self.delete_checkpoints()
+        buffer = io.BytesIO()  # torch.save would hide a full disk's error behind its own
+        torch.save(weights, buffer)
+        replace(self.folder / "model.pt", lambda file: file.write(buffer.getbuffer()))
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # it has finished: nothing is left to stop
+        self.delete_checkpoints(keep=set())
 
-    def delete_checkpoints(self) -> None:
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+    def delete_checkpoints(self, keep: set[Path]) -> None:
+        """Delete what runs write into `checkpoints/`, but for `keep`, and the folder where nothing else is in it."""
+        for file in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            if re.fullmatch(r"\d{10}(-\d{10}\.segment|\.ckpt)(\.tmp)?", file.name) and file not in keep:
+                file.unlink()
+        if not keep:
+            with contextlib.suppress(OSError):  # it holds a stranger's files, or is a link
+                self.checkpoints.rmdir()
 
     def print_summary(self, returns: list[float], representation: dict[str, float]) -> None:
         """How it went, and where to look."""
         games = f"{np.mean(returns):.2f} over the last {len(returns)} games" if returns else "no game has ended"
-        print(f"finished {self.folder}")
-        print(f"  return          {games}")
+        say(f"finished {self.folder}")
+        say(f"  return          {games}")
         if representation:
             std_dead = representation["std_dead_neurons"]
-            print(f"  dead neurons    {representation['dead_neurons']:.1%} (constant to 1e-3: {std_dead:.1%})")
-            print(f"  effective rank  {representation['effective_rank']:.0f}")
+            say(f"  dead neurons    {representation['dead_neurons']:.1%} (constant to 1e-3: {std_dead:.1%})")
+            say(f"  effective rank  {representation['effective_rank']:.0f}")
         else:
-            print("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
-        print(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {self.folder.parent}")
+            say("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
+        runs_dir = shlex.quote(str(self.folder.parent))
+        say(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {runs_dir}")
+
+
+def run_name(args: Any) -> str:
+    """The run folder's name: no time stamp, the same command names the same run."""
+    return f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
 
 
 def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -> Run:
@@ -686,8 +760,8 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         BadInput: other flags than the run had, another process at work in it, no checkpoint whole, not a run's folder.
         SystemExit: 0, the run has finished.
     """
-    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
-    run = Run(folder)
+    folder = Path(args.runs_dir) / run_name(args)
+    run = Run(folder, algorithm)
     config = {
         "algorithm": algorithm,
         "args": dataclasses.asdict(args),
@@ -698,7 +772,13 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         "parameters": parameters,
     }
     config_file = folder / "config.json"
-    is_run = config_file.exists()
+    try:
+        is_run = config_file.exists()
+    except OSError as error:
+        raise BadInput(f"cannot make {folder}: {error.strerror}; change --exp-name or --runs-dir") from None
+    refuse_unless(folder.is_dir() or not folder.exists(), f"{folder} is not a folder: move it away")
+    for part, is_right in ((config_file, Path.is_file), (run.checkpoints, Path.is_dir)):
+        refuse_unless(is_right(part) or not os.path.lexists(part), f"{part} is not what a run makes: move it away")
     if folder.exists() and not is_run:
         strangers = [file.name for file in folder.iterdir() if file.name not in (".lock", "config.json.tmp")]
         refuse_unless(not strangers, f"{folder} exists and is not a run's folder (no config.json): move it away")
@@ -709,7 +789,7 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         folder.mkdir(parents=True, exist_ok=True)
         run.lock()
     except OSError as error:
-        raise BadInput(f"--runs-dir {args.runs_dir}: {error.strerror}; name a folder that can be written") from None
+        raise BadInput(f"cannot make {folder}: {error.strerror}; change --exp-name or --runs-dir") from None
     # Another process may have held the lock until now.
     refuse_unless(config_file.exists() == is_run, f"{folder} was begun by another process just now; try again")
     if not args.overwrite:
@@ -719,7 +799,7 @@ def open_run(algorithm: str, args: Any, device: torch.device, parameters: int) -
         # In an order that a kill may interrupt: first it is unfinished, and to the last it is a run.
         (folder / "model.pt").unlink(missing_ok=True)
         for file in folder.iterdir():
-            if file.is_dir():
+            if file.is_dir() and not file.is_symlink():
                 shutil.rmtree(file)
             elif file.name not in (".lock", "config.json"):
                 file.unlink()
@@ -768,9 +848,9 @@ def _compared_config(file: Path, new: dict) -> dict:
     """The run's config.json, where it agrees with the flags of this command."""
     try:
         old = json.loads(file.read_text())
-        old_args, new_args = old["args"], json.loads(json.dumps(new["args"]))
-        old["algorithm"], old["versions"], old["device"]
-    except (ValueError, KeyError, TypeError):
+        old_args, new_args = dict(old["args"]), json.loads(json.dumps(new["args"]))
+        old["algorithm"], old["device"], old["parameters"], dict(old["versions"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{file} is unreadable: restore it, or start anew with --overwrite") from None
     differing = [
         f"--{name.replace('_', '-')} {new_args.get(name)} (was {old_args.get(name)})"
@@ -778,7 +858,7 @@ def _compared_config(file: Path, new: dict) -> dict:
         if name not in NEUTRAL_FLAGS and old_args.get(name) != new_args.get(name)
     ]
     if old["algorithm"] != new["algorithm"]:
-        differing.insert(0, f"algorithm {new['algorithm']} (was {old['algorithm']})")
+        differing = [f"algorithm {new['algorithm']} (was {old['algorithm']})"]
     refuse_unless(
         not differing,
         f"{file.parent} was started with other flags: {', '.join(differing)}; "
@@ -821,7 +901,7 @@ class Progress:
             line = tqdm.format_meter(
                 step, self.total, elapsed, ncols=0, unit="step", initial=self.first, postfix=postfix
             )
-            print(line, flush=True)
+            say(line)
 
     def speed(self) -> float:
         """Agent steps per second since this process began."""

@@ -145,8 +145,6 @@ def check_flags(args: Args) -> None:
     checkpoint.require(args.learning_starts <= total, args, "learning_starts", f"not exceed --total-timesteps {total}")
     checkpoint.require(args.learning_starts >= batch, args, "learning_starts", f"be at least --batch-size {batch}")
     checkpoint.require(args.buffer_size >= batch, args, "buffer_size", f"be at least --batch-size {batch}")
-    measurable = args.metrics_frequency == 0 or args.buffer_size >= args.metrics_samples
-    checkpoint.require(measurable, args, "buffer_size", f"be at least --metrics-samples {args.metrics_samples}")
 
 
 # ------------------------------------------------------------------------------------------ environment
@@ -509,7 +507,7 @@ def main(args: Args) -> None:
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
     loss_function = torch.compile(td_loss, disable=not args.compile)
-    memory = ReplayMemory(args.buffer_size)
+    memory = ReplayMemory(min(args.buffer_size, args.total_timesteps))
     returns: deque[float] = deque(maxlen=100)
     losses = None
     frame, _ = env.reset(seed=args.seed)
@@ -603,10 +601,9 @@ def main(args: Args) -> None:
     progress.close()
     total = args.total_timesteps
     run.require_finite(q_network, total)
-    if args.eval_episodes:
-        if run.saved < total:
-            save(total)
-        run.stop_at_once()
+    if run.saved < total:
+        save(total)
+    run.stop_at_once()
     sample, representation = measure(total) if args.metrics_frequency else {}, {}
     if sample:
         silent = total % args.metrics_frequency == 0  # it was logged in the loop
@@ -616,7 +613,7 @@ def main(args: Args) -> None:
     video_folder = run.folder if args.capture_video else None
     for game, score in enumerate(evaluate(q_network, args.env_id, args.seed, args.eval_episodes, device, video_folder)):
         run.writer.add_scalar("eval/episodic_return", score, game)
-        print(f"evaluation game {game}: {score:g}", flush=True)
+        checkpoint.say(f"evaluation game {game}: {score:g}")
     env.close()
     run.finish({name: part.cpu().numpy() for name, part in sample.items()}, q_network.state_dict())
     run.print_summary(list(returns), representation)

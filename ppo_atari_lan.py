@@ -431,15 +431,16 @@ def main(args: Args) -> None:
     rollout_steps = args.num_envs * args.num_steps
     memory_needed = checkpoint.check_memory(
         1_000_000_000 + 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples) + 150_000_000 * args.num_envs,
-        f"lower --num-envs {args.num_envs} or --num-steps {args.num_steps}",
+        f"lower --num-envs {args.num_envs}, --num-steps {args.num_steps} or --metrics-samples {args.metrics_samples}",
     )
 
     rng = checkpoint.seed_everything(args.seed, args.torch_deterministic)
     envs = make_vector_env(args.env_id, args.num_envs, args.async_envs)
     try:
         train(args, device, memory_needed, rng, envs)
-    finally:
-        envs.close()
+    except (EOFError, ConnectionError):
+        raise checkpoint.RunFailed("a worker process died (out of memory?); the same command resumes the run") from None
+    envs.close()
 
 
 def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.Generator, envs: VectorEnv) -> None:
@@ -571,10 +572,9 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     progress.close()
     total = iterations * rollout_steps
     run.require_finite(network, total)
-    if args.eval_episodes:
-        if run.saved < total:
-            save(total)
-        run.stop_at_once()
+    if run.saved < total:
+        save(total)
+    run.stop_at_once()
     sample, representation = measure() if args.metrics_frequency else {}, {}
     if sample:
         silent = due(args.metrics_frequency, total)  # it was logged in the loop
@@ -584,7 +584,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     video_folder = run.folder if args.capture_video else None
     for game, score in enumerate(evaluate(network, args.env_id, args.seed, args.eval_episodes, device, video_folder)):
         run.writer.add_scalar("eval/episodic_return", score, game)
-        print(f"evaluation game {game}: {score:g}", flush=True)
+        checkpoint.say(f"evaluation game {game}: {score:g}")
     run.finish({name: part.cpu().numpy() for name, part in sample.items()}, network.state_dict())
     run.print_summary(list(returns), representation)
 

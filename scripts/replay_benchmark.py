@@ -89,7 +89,7 @@ def fill_and_checkpoint(steps: int) -> None:
         optimizer = torch.optim.Adam(network.parameters())
         network(torch.zeros(1, 4, 84, 84)).sum().backward()
         optimizer.step()
-        run = checkpoint.Run(folder)
+        run = checkpoint.Run(folder, "dqn")
         run.writer = checkpoint.SummaryWriter(str(folder))
         state = {"online": network.state_dict(), "target": network.state_dict(), "optimizer": optimizer.state_dict()}
         stalls = []
@@ -104,7 +104,7 @@ def fill_and_checkpoint(steps: int) -> None:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"run folder: {size / 1e9:.2f} GB")
         start = time.perf_counter()
-        loaded = checkpoint.Run(folder)
+        loaded = checkpoint.Run(folder, "dqn")
         loaded.load()
         copy = dqn.ReplayMemory(1_000_000)
         copy.restore(loaded.resumed["step"], loaded.read_segments(), memory.newest_frame, True)

@@ -16,6 +16,7 @@ from collections import Counter
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, read_events, run_script
@@ -44,13 +45,17 @@ BAD_INPUT = {
     "no steps": ("--total-timesteps 0", "--total-timesteps is 0; it must be positive"),
     "negative learning rate": ("--learning-rate -1", "--learning-rate is -1.0; it must be positive"),
     "gamma": ("--gamma 1.5", "--gamma is 1.5; it must lie in [0, 1]"),
+    "huge seed": ("--seed 18446744073709551616", "--seed is 18446744073709551616; it must be below 2**53"),
+    "many threads": ("--num-threads 100000", "--num-threads is 100000; it must not exceed the"),
+    "infinite learning rate": ("--learning-rate inf", "--learning-rate is inf; it must be finite"),
+    "long name": (f"--exp-name {'x' * 300}", "it must be part of a folder's name, which has at most 255 bytes"),
     "threads": ("--num-threads -1", "--num-threads is -1; it must not be negative"),
     "seed": ("--seed -1", "--seed is -1; it must not be negative"),
     "few samples": ("--metrics-samples 511", "--metrics-samples is 511; it must be at least 512"),
     "few samples for wide": ("--activation wide-1024 --metrics-samples 1023", "must be at least 1024"),
     "video of nothing": ("--capture-video", "--capture-video films the evaluation; add e.g. --eval-episodes 1"),
     "no wandb": ("--track", "--track needs Weights & Biases; install it: pip install wandb"),
-    "name": ("--exp-name a/b", "--exp-name is a/b; it must be part of a folder's name"),
+    "name": ("--exp-name a/b", "--exp-name is a/b; it must be part of a folder's name, which has"),
     "file as folder": (f"--runs-dir {ROOT}/README.md/runs", "is not a folder; name another one"),
     "read-only folder": ("--runs-dir /proc/runs", "name a"),
 }
@@ -64,7 +69,7 @@ BAD_PPO_INPUT = {
     "less than a rollout": ("--total-timesteps 1023", "--total-timesteps is 1023; it must be at least --num-envs 8"),
     "memory": (
         "--num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
-        "lower --num-envs 8 or --num-steps 1000000",
+        "lower --num-envs 8, --num-steps 1000000 or --metrics-samples 2048",
     ),
     "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
     "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
@@ -78,10 +83,6 @@ BAD_DQN_INPUT = {
     "memory": (
         "--buffer-size 1000000000 --total-timesteps 1000000000",
         "not enough memory: 1500.8 GB needed",
-    ),
-    "memory below the sample": (
-        "--buffer-size 2047",
-        "--buffer-size is 2047; it must be at least --metrics-samples 2048",
     ),
     "exploration": ("--end-e 1.1", "--end-e is 1.1; it must lie in [0, 1]"),
 }
@@ -296,7 +297,8 @@ def child(arguments, output, sabotage):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = [f"{script}.py", *flags]
-    checkpoint.Run.delete_checkpoints = lambda run: None
+    delete = checkpoint.Run.delete_checkpoints
+    checkpoint.Run.delete_checkpoints = lambda run, keep: delete(run, keep) if keep else None
     if sabotage:
         sabotage()
     module = __import__(script)
@@ -492,7 +494,7 @@ def test_every_file_corrupted_in_turn(name, runs_dir, tmp_path, undisturbed):
     old, new = sorted((folder / "checkpoints").glob("*.ckpt"))[-2:]
     for how in ("truncated", "emptied", "one bit flipped"):
         damage(new, how)
-        loaded = checkpoint.Run(folder)
+        loaded = checkpoint.Run(folder, name.split("-")[0])
         loaded.load()
         assert loaded.resumed["step"] == int(old.stem), how
         shutil.copy(backup / new.relative_to(runs_dir), new)
@@ -565,10 +567,10 @@ def test_changed_flags_two_processes_and_a_finished_run(name, runs_dir, undistur
 
     code, text = run(name, runs_dir, "--checkpoint-frequency", "384", "--num-threads", "0", "--eval-episodes", "0")
     assert code == 0, text  # these never block a resume
-    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     code, text = run(name, runs_dir)
     assert (code, text) == (0, f"{folder} has finished; --overwrite trains it anew\n")
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == finished
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == finished
     assert_equal(torch.load(folder / "model.pt", weights_only=True).keys(), undisturbed(name)["weights"].keys())
 
 
@@ -591,8 +593,11 @@ def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(name, runs_dir,
     code, text = run(name, runs_dir, sabotage=LimitFileSize())
     assert code == 1
     assert "Traceback" not in text
-    assert "error: cannot write" in text
-    assert "File too large. The last checkpoint, if there was one, is whole: free some space" in text
+    assert "error: cannot use" in text
+    assert (
+        "File too large. The last checkpoint, if there was one, is whole: free some space, then resume with python"
+        in text
+    )
     assert len(list(runs_dir.glob("*/checkpoints/*.ckpt"))) == 1
     code, text = run(name, runs_dir)
     assert code == 0, text
@@ -672,8 +677,81 @@ def test_a_signal_during_the_evaluation_loses_no_training(name, runs_dir):
     assert [step for step, _ in events["eval/episodic_return"]] == [0, 1]
 
 
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_run_in_one_line(runs_dir):
+    """As the out-of-memory killer does it. Would catch: a parent that waits for ever and holds the lock."""
+    process = start("ppo-async", runs_dir, "--num-steps", "512", "--checkpoint-frequency", "0")
+    wait_for(process, lambda: "agent steps" in printed(runs_dir))
+    worker = psutil.Process(process.pid).children()[-1]
+    worker.kill()
+    process.join(60)
+    assert process.exitcode == 1
+    text = printed(runs_dir)
+    assert "error: a worker process died" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_nobody_reads_its_output(runs_dir):
+    """As behind `| head -1`. Would catch: a BrokenPipeError days into a run."""
+    command = [sys.executable, "dqn_atari_lan.py", *RUNS["dqn"][1:], "--total-timesteps", "700", "--runs-dir", runs_dir]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert process.stderr.read() == ""
+    assert (run_folder(runs_dir) / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.pt", "", "model.pt is not a whole file: move it away"),
+        ("config.json", '{"args": []}', "config.json is unreadable"),
+        (
+            "config.json",
+            '{"args": {}, "algorithm": "dqn", "device": "cpu", "parameters": 1}',
+            "config.json is unreadable",
+        ),
+        ("checkpoints", "", "checkpoints is not what a run makes: move it away"),
+        ("checkpoints/0000000100.ckpt", "", "none of the 1 checkpoints"),
+    ],
+)
+def test_odd_run_folders_are_refused_unchanged(tmp_path, name, content, message):
+    """Would catch: a traceback, or event files deleted before the folder is found to be odd."""
+    args = dqn.Args(runs_dir=str(tmp_path))
+    folder = checkpoint.open_run("dqn", args, torch.device("cpu"), 1).folder
+    (folder / "events.out.tfevents.1.x").write_text("points")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    before = contents(folder)
+    with pytest.raises(checkpoint.BadInput, match=message):
+        checkpoint.open_run("dqn", args, torch.device("cpu"), 1)
+    assert contents(folder) == before
+
+
+def test_strangers_files_among_the_checkpoints_stay(tmp_path):
+    """Would catch: cleaning up by deleting all that is unknown."""
+    run = checkpoint.open_run("dqn", dqn.Args(runs_dir=str(tmp_path)), torch.device("cpu"), 1)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "backup").mkdir()
+    (run.checkpoints / "notes.txt").write_text("mine")
+    for step in (1, 2, 3):
+        run.save(step, {})
+    assert {file.name for file in run.checkpoints.iterdir()} == {
+        *("backup", "notes.txt", "0000000002.ckpt", "0000000003.ckpt")
+    }
+    run.delete_checkpoints(keep=set())
+    assert {file.name for file in run.checkpoints.iterdir()} == {"backup", "notes.txt"}
+
+
+def test_the_resume_line_never_overwrites(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dqn_atari_lan.py", "--seed", "2", "--overwrite", "--exp-name", "a b"])
+    assert checkpoint._same_command() == "python dqn_atari_lan.py --seed 2 --exp-name 'a b'"
+
+
 def test_nothing_is_saved_of_a_state_with_nan(tmp_path):
-    run = checkpoint.Run(tmp_path)
+    run = checkpoint.Run(tmp_path, "dqn")
     for state in ({"network": {"w": torch.tensor([1.0, float("nan")])}}, {"o": [{"m": torch.tensor(float("inf"))}]}):
         with pytest.raises(checkpoint.RunFailed, match="before step 7: the state holds NaN or infinity"):
             run.save(7, state)

@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Quadrants, read_events, run_script
-from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
+from conftest import Quadrants, Recorded, read_events, run_script
+from gymnasium.wrappers import FrameStackObservation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -318,9 +318,7 @@ class ValueIsNewestPixel(torch.nn.Module):
 def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_dir, async_envs):
     """What reaches compute_gae in a rollout of 13 steps: an episode of 5 that is truncated, one of 7 that terminates.
     Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap."""
-    monkeypatch.setattr(
-        ppo, "make_env", lambda env_id, render=False: FrameStackObservation(RecordEpisodeStatistics(Counting()), 4)
-    )
+    monkeypatch.setattr(ppo, "make_env", lambda env_id, render=False: FrameStackObservation(Recorded(Counting()), 4))
     monkeypatch.setattr(ppo, "ActorCritic", ValueIsNewestPixel)
     calls = []
     compute_gae = ppo.compute_gae
@@ -345,7 +343,7 @@ def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_
 
 
 def make_quadrants(env_id, render=False):
-    return FrameStackObservation(RecordEpisodeStatistics(Quadrants()), 4)
+    return FrameStackObservation(Recorded(Quadrants()), 4)
 
 
 def train_quadrants(monkeypatch, runs_dir, **changes):
