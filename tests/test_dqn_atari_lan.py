@@ -368,6 +368,7 @@ def test_tags_steps_and_files_of_a_run(monkeypatch, runs_dir):
     ]
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run(monkeypatch, runs_dir):
     """Would catch: training on for days after divergence. Exit code and message are tested from the shell."""
     calls = []

@@ -54,6 +54,7 @@ def borderline(n):
     return math.sqrt((metrics.K0 / 20) ** 2 / (1 + n**-0.4) - JITTER**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [512, 1024])
 def test_peaks_and_verdicts_are_scipys(width):
     """Would catch: another bandwidth rule, a maximum over too coarse a grid, an approximation that flips a verdict."""

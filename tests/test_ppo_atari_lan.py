@@ -439,6 +439,7 @@ def test_early_stop_ends_an_updates_passes(monkeypatch, runs_dir):
     assert len(calls) == 4
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run(monkeypatch, runs_dir):
     """Would catch: training on for days after divergence."""
     ppo_loss = ppo.ppo_loss
