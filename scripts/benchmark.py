@@ -33,7 +33,6 @@ CONTENDERS = {
     "sb3 ppo": ("ppo", None),
     "ppo": ("ppo", []),
     "ppo --amp --compile": ("ppo", ["--amp", "--compile"]),
-    "ppo --amp --compile --env-backend ale": ("ppo", ["--amp", "--compile", "--env-backend", "ale"]),
 }
 QUICK = ("sb3 dqn", "dqn", "sb3 ppo", "ppo")
 WARM_UP = {"dqn": 3000, "ppo": 8 * 1024}  # agent steps: past the start of learning, and compilation

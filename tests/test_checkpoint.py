@@ -213,7 +213,7 @@ def test_a_game_that_is_cut_off_inside_a_reset_is_told_by_the_reset(monkeypatch)
     assert told["reset"] > 0
 
 
-def test_frames_are_stacked_as_the_spec_says():
+def test_frames_are_stacked_from_every_reset_on():
     """Four copies after every reset, a lost life's too; PPO's wrapper and DQN's functions agree."""
     plain, stacking = dqn.make_env("BreakoutNoFrameskip-v4"), ppo.make_env("BreakoutNoFrameskip-v4")
     frame, stacked = plain.reset(seed=1)[0], stacking.reset(seed=1)[0]

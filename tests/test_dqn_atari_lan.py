@@ -51,7 +51,7 @@ def numpy_layer(layer, x):
 
 
 def numpy_representation(activation, r, x):
-    """Each activation's formula, from the SPEC's table; r.layers gives the weights."""
+    """Each activation's formula, as in the README's table; r.layers gives the weights."""
     sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
     relu = lambda a: np.maximum(a, 0)  # noqa: E731
     a = [numpy_layer(layer, x) for layer in r.layers.values()]
@@ -95,7 +95,7 @@ def test_representation_is_its_formula_and_every_factor_learns(activation):
 
 
 def test_parameter_counts():
-    """SPEC, section 1, for 4 actions."""
+    """Worked out by hand for 4 actions. Would catch: a missing bias, a factor too many."""
     counts = {a: sum(p.numel() for p in dqn.QNetwork(4, a).parameters()) for a in ACTIVATIONS}
     expected = {"relu": 1_686_180, "layernorm": 1_687_204, "tanh-lan": 3_292_324, "wide-1024": 3_294_372}
     expected |= {"tanh-2xlan": 4_898_468}
@@ -342,7 +342,7 @@ def test_same_seed_same_run_other_seed_other_run_and_measuring_changes_nothing(m
 
 @pytest.mark.slow
 def test_tags_steps_and_files_of_a_run(monkeypatch, runs_dir):
-    """SPEC, section 9: every tag, at agent steps; the last measurement is not logged twice; the sample is kept."""
+    """The README's promise: every tag, at agent steps; the last measurement is not logged twice; the sample is kept."""
     _, events = train_quadrants(monkeypatch, runs_dir, total_timesteps=2100, checkpoint_frequency=0)
     (folder,) = runs_dir.iterdir()
     assert folder.name == "BreakoutNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"

@@ -84,7 +84,7 @@ def test_random_mixtures_agree_with_scipy(seed, n, scale, modes):
 
 
 def test_peak_of_a_normal_density_with_deviation_002_is_the_threshold():
-    """SPEC: omega = 20 is the peak of N(0, 0.02). Would catch: a kernel without its 1/sqrt(2 pi)."""
+    """The threshold of 20 is the peak of N(0, 0.02). Would catch: a kernel without its 1/sqrt(2 pi)."""
     quantiles = torch.tensor(
         [math.sqrt(2) * torch.erfinv(torch.tensor(2 * (i + 0.5) / 20000 - 1)) for i in range(20000)]
     )
