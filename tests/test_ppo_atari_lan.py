@@ -388,7 +388,7 @@ def test_same_seed_same_run_whatever_the_processes_and_measuring_changes_nothing
 
 @pytest.mark.slow
 def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
-    """Every promised tag and step. At the first minibatch the policy is the one that played: ratio 1, clip fraction 0."""
+    """Every promised tag and step. At the first minibatch the policy is the one that played: clip fraction and KL 0."""
     calls = []
     ppo_loss = ppo.ppo_loss
 
