@@ -439,6 +439,7 @@ def main(args: Args) -> None:
     try:
         train(args, device, memory_needed, rng, envs)
     except (EOFError, ConnectionError):
+        envs.closed = True  # closing would wait for the dead
         raise checkpoint.RunFailed("a worker process died (out of memory?); the same command resumes the run") from None
     envs.close()
 
