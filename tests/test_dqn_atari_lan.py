@@ -182,6 +182,7 @@ EPISODES = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, ma
 @given(EPISODES, st.integers(1, 30))
 @example([(1, True)] * 10, 4)  # only first frames, every one truncated
 @example([(40, False)], 5)  # wraps around inside one episode
+@example([(15, False)], 7)  # a segment has just begun, the one before is still reached
 @settings(max_examples=80, deadline=None)
 def test_replay_is_what_a_memory_of_full_stacks_would_be(episodes, capacity):
     """Against SB3's ReplayBuffer. Would catch: stacks over an episode start or the write head, a lost last frame of a
