@@ -181,6 +181,8 @@ def make_worker_env(env_id: str, parent: int) -> gym.Env:
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # What goes wrong in a game reaches the parent through a queue; this is where a dead pipe's traceback would go.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return make_env(env_id)
