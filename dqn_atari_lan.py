@@ -100,7 +100,7 @@ class Output:
     runs_dir: str = "runs"
     """folder of the run folders"""
     checkpoint_frequency: int = 50_000
-    """agent steps between two checkpoints; 0 for none but on a signal"""
+    """agent steps between two checkpoints; 0 for none but on a signal and at the end"""
     overwrite: bool = False
     """delete what the run folder holds and start anew"""
     track: bool = False
