@@ -8,6 +8,7 @@ moment leaves the files before it whole. Loading executes nothing: `torch.load(w
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -58,6 +59,7 @@ KEPT_CHECKPOINTS = 2
 SEGMENT_ENTRIES = 25_000  # at most: what a checkpoint copies at once stays small however rare checkpoints are
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,9 +77,9 @@ class RunFailed(Exception):
 class Stopped(Exception):
     """A signal ended the run: exit code 128 + its number."""
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, saved: bool):
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.saved = signum, saved
 
 
 def launch(main: Callable[[Any], None], args_class: type) -> None:
@@ -108,7 +110,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         leave(1, line, at_once=disk_full)
     except Stopped as stop:
         name = signal.Signals(stop.signum).name
-        leave(128 + stop.signum, f"stopped by {name}; this resumes it: {_same_command()}")
+        remedy = "this resumes it" if stop.saved else "nothing was saved; this starts anew"
+        leave(128 + stop.signum, f"stopped by {name}; {remedy}: {_same_command()}")
     except KeyboardInterrupt:  # before the run has begun
         leave(130, "interrupted before the training began")
     except Exception as error:
@@ -447,6 +450,21 @@ def _all_finite(content: Any) -> bool:
 # ------------------------------------------------------------------------------------------- random states
 
 
+def set_up_device(args: Any) -> torch.device:
+    """What the flags say of threads, CUDA and its rounding, set for all of torch; returns the device."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # By default glibc gives an update's tensors back to the system and faults their pages in again for the next.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    precision = "tf32" if args.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.fp32_precision = precision
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
 def seed_everything(seed: int, deterministic: bool) -> np.random.Generator:
     """Seed python, numpy and torch.
 
@@ -462,6 +480,7 @@ def seed_everything(seed: int, deterministic: bool) -> np.random.Generator:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and writing it costs 3 %
         torch.backends.cudnn.benchmark = False
     return np.random.default_rng(seed)
 
@@ -510,6 +529,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.resumed: dict[str, Any] | None = None
         self.signum = 0
+        self.signalled_at = 0.0
         self.saved = -1  # agent step of the newest checkpoint
         self._at_once = False  # does a signal stop the run without waiting for a checkpoint?
         self._segments: dict[int, list] = {}  # [start, stop, digest] of each kept checkpoint's, by step
@@ -592,11 +612,12 @@ class Run:
             print(f"warning: {self.folder / name} is gone; curves will lack its points", file=sys.stderr)
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        if self.signum:  # the second one
+        if not self.signum:
+            self.signum, self.signalled_at = signum, time.monotonic()
+        elif time.monotonic() - self.signalled_at > 1:  # launchers may send one signal twice
             os._exit(128 + signum)
-        self.signum = signum
         if self._at_once:
-            raise Stopped(signum)
+            raise Stopped(signum, self.saved > 0)
 
     def print_header(self, args: Any, device: torch.device, start: int, memory: str) -> None:
         """What is about to happen, before the first step."""
@@ -694,7 +715,7 @@ class Run:
 
     def leave_if_signalled(self) -> None:
         if self.signum:
-            raise Stopped(self.signum)
+            raise Stopped(self.signum, self.saved > 0)
 
     def _segment(self, start: int, stop: int) -> Path:
         return self.checkpoints / f"{start:010d}-{stop:010d}.segment"

@@ -119,6 +119,8 @@ class Machine:
     """deterministic kernels: the same seed gives the same weights"""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice"""
+    tf32: bool = False
+    """TensorFloat-32 on CUDA: faster, rounds differently"""
     amp: bool = False
     """bfloat16 in the forward pass: faster, rounds differently"""
     compile: bool = False
@@ -233,7 +235,8 @@ class QNetwork(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """uint8 (n, 4, 84, 84) -> (n, actions)."""
-        return self.q(self.representation(self.trunk(observations / 255)))
+        x = (observations / 255).contiguous(memory_format=torch.channels_last)
+        return self.q(self.representation(self.trunk(x)))
 
 
 # ---------------------------------------------------------------------------------------- replay memory
@@ -311,7 +314,7 @@ class ReplayMemory:
     def _next_frame(self, t: int) -> np.ndarray:
         if t in self.final_frames:
             return _unpack(self.final_frames[t])
-        return self.newest_frame if t == self.added - 1 else _unpack(self._packed(t + 1))
+        return self.newest_frame.T if t == self.added - 1 else _unpack(self._packed(t + 1))
 
     def frames(self, transitions: np.ndarray, pin_memory: bool = False) -> Tensor:
         """Observations and next observations of the given transitions: (n,) -> uint8 (n, 5, 84, 84).
@@ -331,7 +334,7 @@ class ReplayMemory:
                     stack[place - 1] if place and source == frames[place - 1] else _unpack(self._packed(source))
                 )
             stack[4] = self._next_frame(transition)
-        return stacks
+        return stacks.transpose(2, 3)  # frames are stored column by column
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> Batch:
         """`batch_size` transitions, uniformly, with replacement."""
@@ -388,8 +391,8 @@ def _pack(frame: np.ndarray) -> bytes:
 
 
 def _unpack(packed: bytes | memoryview) -> np.ndarray:
-    frame = np.frombuffer(lz4.block.decompress(packed, uncompressed_size=84 * 84), np.uint8)
-    return frame.reshape((84, 84), order="F")
+    """The frame's columns as rows, (84, 84)."""
+    return np.frombuffer(lz4.block.decompress(packed, uncompressed_size=84 * 84), np.uint8).reshape(84, 84)
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -493,9 +496,7 @@ def evaluate(
 
 def main(args: Args) -> None:
     check_flags(args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = checkpoint.set_up_device(args)
     memory_needed = checkpoint.check_memory(
         800_000_000 + min(args.buffer_size, args.total_timesteps) * ReplayMemory.BYTES_PER_TRANSITION,
         f"most of it is the replay memory: lower --buffer-size {args.buffer_size:,}",
@@ -505,8 +506,11 @@ def main(args: Args) -> None:
     env = make_env(args.env_id)
     q_network = QNetwork(env.action_space.n, args.activation).to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    loss_function = torch.compile(td_loss, disable=not args.compile)
+    on_cuda = device.type == "cuda"
+    optimizer = torch.optim.Adam(
+        q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=on_cuda
+    )
+    loss_function = torch.compile(td_loss, disable=not args.compile, mode="reduce-overhead" if on_cuda else None)
     memory = ReplayMemory(min(args.buffer_size, args.total_timesteps))
     returns: deque[float] = deque(maxlen=100)
     losses = None

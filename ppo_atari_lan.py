@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from ale_py import AtariVectorEnv, roms
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from torch import Tensor, nn
@@ -124,6 +125,8 @@ class Output:
 
 @dataclass
 class Machine:
+    env_backend: Literal["gymnasium", "ale"] = "gymnasium"
+    """ale: ale-py's games in C++, faster, with a few differences (README) and no checkpoints"""
     async_envs: bool = field(default_factory=lambda: len(os.sched_getaffinity(0)) > 2)
     """step the environments in worker processes; by default where there are more than two CPU cores"""
     cuda: bool = True
@@ -132,6 +135,8 @@ class Machine:
     """deterministic kernels: the same seed gives the same weights"""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice"""
+    tf32: bool = False
+    """TensorFloat-32 on CUDA: faster, rounds differently"""
     amp: bool = False
     """bfloat16 in the forward pass: faster, rounds differently"""
     compile: bool = False
@@ -161,6 +166,10 @@ def check_flags(args: Args) -> None:
     # One transition alone has no standard deviation to be normalised by.
     checkpoint.require(rollout > args.num_minibatches, args, "num_minibatches", f"be below {parts} = {rollout}")
     checkpoint.require(args.total_timesteps >= rollout, args, "total_timesteps", f"be at least {parts} = {rollout}")
+    checkpoint.refuse_unless(
+        args.env_backend != "ale" or args.checkpoint_frequency == 0,
+        "--env-backend ale cannot save its games, so a run cannot resume; accept that with --checkpoint-frequency 0",
+    )
 
 
 # ------------------------------------------------------------------------------------------ environment
@@ -186,6 +195,43 @@ def make_worker_env(env_id: str, parent: int) -> gym.Env:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return make_env(env_id)
+
+
+class AleGames(VectorWrapper):
+    """ale-py's vector environment in the shape of the others: clipped rewards, and whole games in `info["episode"]`.
+
+    Unlike them it presses no FIRE after a lost life, its stacks run on over one, and a reset fills them with zeros.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, num_threads: int):
+        names = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
+        env = AtariVectorEnv(
+            names[env_id.removesuffix("NoFrameskip-v4").lower()],
+            num_envs,
+            num_threads=num_threads,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+            life_loss_info=True,
+            reward_clipping=False,
+        )
+        super().__init__(env)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        stacks, info = self.env.reset(**kwargs)
+        self.frame_numbers = info["episode_frame_number"]
+        self.scores, self.lengths = np.zeros((2, self.num_envs))
+        return stacks[..., None], info
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        stacks, rewards, terminations, truncations, info = self.env.step(actions)
+        self.scores, self.lengths = self.scores + rewards, self.lengths + 1
+        # A lost life terminates like a game over, but lets the game's frames count on.
+        over = truncations | (terminations & (info["episode_frame_number"] < self.frame_numbers))
+        self.frame_numbers = info["episode_frame_number"]
+        info |= {"episode": {"r": self.scores, "l": self.lengths}, "_episode": over}
+        if "final_obs" in info:
+            info["final_obs"] = info["final_obs"][..., None]
+        self.scores, self.lengths = np.where(over, 0, self.scores), np.where(over, 0, self.lengths)
+        return stacks[..., None], np.sign(rewards), terminations, truncations, info
 
 
 def make_vector_env(env_id: str, num_envs: int, async_envs: bool) -> VectorEnv:
@@ -427,9 +473,7 @@ def evaluate(
 
 def main(args: Args) -> None:
     check_flags(args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = checkpoint.set_up_device(args)
     rollout_steps = args.num_envs * args.num_steps
     memory_needed = checkpoint.check_memory(
         1_000_000_000 + 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples) + 150_000_000 * args.num_envs,
@@ -437,7 +481,10 @@ def main(args: Args) -> None:
     )
 
     rng = checkpoint.seed_everything(args.seed, args.torch_deterministic)
-    envs = make_vector_env(args.env_id, args.num_envs, args.async_envs)
+    if args.env_backend == "ale":
+        envs = AleGames(args.env_id, args.num_envs, args.num_threads)
+    else:
+        envs = make_vector_env(args.env_id, args.num_envs, args.async_envs)
     try:
         train(args, device, memory_needed, rng, envs)
     except (EOFError, ConnectionError):
@@ -448,14 +495,21 @@ def main(args: Args) -> None:
 
 def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.Generator, envs: VectorEnv) -> None:
     network = ActorCritic(envs.single_action_space.n, args.activation).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    loss_function = torch.compile(ppo_loss, disable=not args.compile)
+    on_cuda = device.type == "cuda"
+    # Nothing that changes is a Python number, so that a CUDA graph may hold the whole update.
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=learning_rate, eps=args.adam_eps, fused=True, capturable=on_cuda
+    )
+    loss_function = torch.compile(ppo_loss, disable=not args.compile, mode="reduce-overhead" if on_cuda else None)
     rollout_steps = args.num_envs * args.num_steps
     iterations = args.total_timesteps // rollout_steps
     shape = (args.num_steps, args.num_envs)
-    observations = torch.zeros((*shape, 4, 84, 84), dtype=torch.uint8, device=device)
+    # Channels last, as the convolutions read them: a minibatch needs no other layout.
+    observations = torch.zeros((*shape, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     log_probs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    staging = torch.zeros((args.num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=on_cuda).permute(0, 3, 1, 2)
     rewards, terminations, truncations = np.zeros((3, *shape), np.float32)
     recent = torch.zeros((0, 4, 84, 84), dtype=torch.uint8, device=device)  # for the metrics
     returns: deque[float] = deque(maxlen=100)
@@ -468,6 +522,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
         start = saved["step"]
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["lr"] = learning_rate
         envs.set_attr("snapshot", checkpoint.arrays(saved["envs"]))
         stacks = saved["stacks"].numpy()
         recent = saved["recent"].to(device)
@@ -497,15 +552,13 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
 
     progress = checkpoint.Progress(iterations * rollout_steps, start)
     for iteration in range(start // rollout_steps + 1, iterations + 1):
-        learning_rate = args.learning_rate
         if args.anneal_lr:
-            learning_rate = linear_schedule(args.learning_rate, 0, iterations, iteration - 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
+            learning_rate.fill_(linear_schedule(args.learning_rate, 0, iterations, iteration - 1))
 
         # Rollout.
         last_stacks = {}  # of truncated episodes, by (t, environment)
         for t in range(args.num_steps):
-            observations[t] = torch.from_numpy(stacks[..., 0])
+            observations[t].copy_(staging.copy_(torch.from_numpy(stacks[..., 0])), non_blocking=True)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits, values[t] = network(observations[t])
             log_policy = logits.float().log_softmax(dim=1)
@@ -554,7 +607,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                 optimizer.step()
-                losses.append(parts)
+                losses.append({name: part.clone() for name, part in parts.items()})  # a CUDA graph reuses its outputs
             if args.target_kl is not None and parts["approx_kl"] > args.target_kl:
                 break
 
@@ -569,13 +622,14 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
         if due(args.metrics_frequency, step) and (sample := measure()):
             log_representation(run.writer, sample, args.dead_threshold, args.seed, step)
         if run.signum or due(args.checkpoint_frequency, step):
-            save(step)
+            if args.env_backend == "gymnasium":
+                save(step)
             run.leave_if_signalled()
 
     progress.close()
     total = iterations * rollout_steps
     run.require_finite(network, total)
-    if run.saved < total:
+    if run.saved < total and args.env_backend == "gymnasium":
         save(total)
     run.stop_at_once()
     sample, representation = measure() if args.metrics_frequency else {}, {}

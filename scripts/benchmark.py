@@ -1,6 +1,6 @@
 """Training speed and memory, side by side with stable-baselines3, and where an agent step goes.
 
-python scripts/benchmark.py            all contenders in turn, five rounds; writes results/benchmark.json
+python scripts/benchmark.py            all contenders in turn, five rounds, and a breakdown: results/benchmark.json
 python scripts/benchmark.py --quick    one round of the main ones, in three minutes; writes nothing
 
 The same game, activation (relu), hyperparameters and number of threads for all; each measurement is a process of its
@@ -25,6 +25,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+ALE = ("--env-backend", "ale", "--checkpoint-frequency", "0")
 # What is compared: name -> (algorithm, flags of the project's script, or None for stable-baselines3).
 CONTENDERS = {
     "sb3 dqn": ("dqn", None),
@@ -33,10 +34,19 @@ CONTENDERS = {
     "sb3 ppo": ("ppo", None),
     "ppo": ("ppo", []),
     "ppo --amp --compile": ("ppo", ["--amp", "--compile"]),
+    "ppo --amp --compile --env-backend ale": ("ppo", ["--amp", "--compile", *ALE]),
+}
+# Where an agent step goes; not with --compile, which would compile the clocks too.
+BROKEN_DOWN = {
+    "dqn": ("dqn", []),
+    "dqn --amp": ("dqn", ["--amp"]),
+    "ppo": ("ppo", []),
+    "ppo --amp": ("ppo", ["--amp"]),
+    "ppo --amp --env-backend ale": ("ppo", ["--amp", *ALE]),
 }
 QUICK = ("sb3 dqn", "dqn", "sb3 ppo", "ppo")
-WARM_UP = {"dqn": 3000, "ppo": 8 * 1024}  # agent steps: past the start of learning, and compilation
-TIMED = {"dqn": 4000, "ppo": 8 * 1024}
+WARM_UP = {"dqn": 2000, "ppo": 3 * 1024}  # agent steps: past the start of learning, and compilation
+TIMED = {"dqn": 2000, "ppo": 5 * 1024}
 
 
 @dataclass
@@ -136,7 +146,7 @@ def report(steps: int, seconds: float) -> None:
     print(json.dumps({"speed": steps / seconds, "peak_gb": int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9}))
 
 
-def breakdown(algorithm: str, env_id: str, num_threads: int) -> None:
+def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[str]) -> None:
     """Print where an agent step goes: exclusive wall-clock time by timing wrappers around what a script calls."""
     import torch
 
@@ -182,6 +192,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int) -> None:
         timed(module, "ppo_loss", "update: forward")
         timed(module, "compute_gae", "advantages")
         timed(module.ActorCritic, "forward", "acting")
+        timed(module.AleGames, "step", "environment")
     inner = module.QNetwork if algorithm == "dqn" else module.ActorCritic
     forward = inner.forward
 
@@ -204,6 +215,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int) -> None:
     with tempfile.TemporaryDirectory() as runs_dir:
         flags = our_flags(algorithm, env_id, num_threads, runs_dir)
         flags += ["--no-double-q"] if algorithm == "dqn" else ["--no-async-envs"]
+        flags += more_flags
         sys.argv = [f"{algorithm}_atari_lan.py", *flags]
         checkpoint.launch(module.main, module.Args)
     steps = learning["last"] - learning["first"]
@@ -243,17 +255,17 @@ def main(args: Args) -> None:
 
     parts = {}
     if args.breakdown and not args.quick:
-        for algorithm in ("dqn", "ppo"):
+        for name, (algorithm, flags) in BROKEN_DOWN.items():
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark as b; "
-            code += f"b.breakdown({algorithm!r}, {args.env_id!r}, {args.num_threads})"
+            code += f"b.breakdown({algorithm!r}, {args.env_id!r}, {args.num_threads}, {flags!r})"
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-            parts[algorithm] = json.loads(done.stdout.splitlines()[-1])
-            print(f"\n{algorithm}: {parts[algorithm]['ms per agent step']} ms per agent step")
-            for label, milliseconds in parts[algorithm]["parts"].items():
+            parts[name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"\n{name}: {parts[name]['ms per agent step']} ms per agent step")
+            for label, milliseconds in parts[name]["parts"].items():
                 print(f"  {label:<22}{milliseconds:>8.3f}")
     if not args.quick:
         content = {
-            "command": "python scripts/benchmark.py",
+            "command": f"python scripts/benchmark.py --rounds {rounds}",
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}, no GPU",
             "env_id": args.env_id,

@@ -73,6 +73,7 @@ def compare_games(steps: int) -> None:
 
 
 def fill_and_checkpoint(steps: int) -> None:
+    device = checkpoint.set_up_device(dqn.Args(cuda=False))
     transitions = play("Qbert", steps)
     process = psutil.Process()
     before = process.memory_info().rss
@@ -85,10 +86,16 @@ def fill_and_checkpoint(steps: int) -> None:
 
     folder = Path(tempfile.mkdtemp(dir="."))
     try:
-        network = dqn.QNetwork(18, "tanh-lan")
-        optimizer = torch.optim.Adam(network.parameters())
-        network(torch.zeros(1, 4, 84, 84)).sum().backward()
-        optimizer.step()
+        network = dqn.QNetwork(18, "tanh-lan").to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            batch = memory.sample(32, rng, device)
+            optimizer.zero_grad()
+            dqn.td_loss(network, network, batch, 0.99, True)[0].backward()
+            optimizer.step()
+        sample = dqn.activations(network, memory.frames(rng.integers(500_000, 1_500_000, 2048))[:, :4], device)
+        dqn.log_representation(None, sample, 20.0, seed=1, step=0)
         run = checkpoint.Run(folder, "dqn")
         run.writer = checkpoint.SummaryWriter(str(folder))
         state = {"online": network.state_dict(), "target": network.state_dict(), "optimizer": optimizer.state_dict()}
@@ -101,6 +108,7 @@ def fill_and_checkpoint(steps: int) -> None:
         print(
             f"a checkpoint of 50,000 new ones and a LaN's weights: {np.median(stalls):.2f} s, most {max(stalls):.2f} s"
         )
+        print(f"peak resident memory of training, measuring and checkpoints with it: {peak_rss() / 1e9:.2f} GB")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"run folder: {size / 1e9:.2f} GB")
         start = time.perf_counter()

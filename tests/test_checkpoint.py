@@ -73,6 +73,7 @@ BAD_PPO_INPUT = {
     ),
     "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
     "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
+    "checkpoints of ale": ("--env-backend ale", "a run cannot resume; accept that with --checkpoint-frequency 0"),
 }
 BAD_DQN_INPUT = {
     "zero batch": ("--batch-size 0", "--batch-size is 0; it must be positive"),
@@ -748,6 +749,18 @@ def test_strangers_files_among_the_checkpoints_stay(tmp_path):
 def test_the_resume_line_never_overwrites(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dqn_atari_lan.py", "--seed", "2", "--overwrite", "--exp-name", "a b"])
     assert checkpoint._same_command() == "python dqn_atari_lan.py --seed 2 --exp-name 'a b'"
+
+
+def test_one_signal_sent_twice_is_one_and_a_later_one_leaves_at_once(monkeypatch, tmp_path):
+    """Would catch: a launcher's repeated SIGTERM that costs the checkpoint; an impatient user who is not heard."""
+    run = checkpoint.Run(tmp_path, "dqn")
+    clock, left = [100.0], []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.os, "_exit", left.append)
+    for seconds, expected in ((0, []), (0.5, []), (0.4, []), (0.2, [130])):
+        clock[0] += seconds
+        run.on_signal(signal.SIGINT, None)
+        assert (run.signum, left) == (signal.SIGINT, expected)
 
 
 def test_nothing_is_saved_of_a_state_with_nan(tmp_path):

@@ -1,5 +1,6 @@
 """dqn_atari_lan.py: the network, the replay memory, the mathematics, and training that learns."""
 
+import copy
 import dataclasses
 
 import gymnasium as gym
@@ -274,6 +275,52 @@ def test_td_loss_by_hand(double_q, next_value):
     loss.backward()
     assert online.table.grad.tolist() == [[errors[1], errors[0]], [0, 0]]
     assert target.table.grad is None
+
+
+def random_batch(generator):
+    frames = torch.randint(256, (32, 5, 84, 84), dtype=torch.uint8, generator=generator)
+    actions = torch.randint(4, (32,), generator=generator)
+    return dqn.Batch(frames, actions, torch.randn(32, generator=generator).sign(), torch.zeros(32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "loss_tolerance", "gradient_tolerance"),
+    [("amp", 1e-2, 5e-2), ("compile", 1e-5, 1e-5), ("amp compile", 1e-2, 5e-2)],
+)
+def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_tolerance):
+    """The first three updates against float32: losses and the first gradient, relative.
+
+    Would catch: a target or a loss computed in bfloat16, a compiled graph that holds an old batch or old weights.
+    """
+
+    def first_updates(amp, compiled):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        network = dqn.QNetwork(4, "tanh-lan").to(memory_format=torch.channels_last)
+        target_network = copy.deepcopy(network)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
+        loss_function = torch.compile(dqn.td_loss, disable=not compiled)
+        batches = [random_batch(generator) for _ in range(3)]
+        losses = []
+        for update in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss, _ = loss_function(network, target_network, batches[update], 0.99, double_q=True)
+            optimizer.zero_grad()
+            loss.backward()
+            if update == 0:
+                gradient = torch.cat([weight.grad.flatten() for weight in network.parameters()])
+            optimizer.step()
+            losses.append(loss.item())
+        torch.compiler.reset()
+        return np.array(losses), gradient
+
+    losses, gradient = first_updates(amp=False, compiled=False)
+    other_losses, other_gradient = first_updates("amp" in flags, "compile" in flags)
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(other_losses, losses, rtol=loss_tolerance)
+    assert not torch.equal(other_gradient, gradient)
+    assert (other_gradient - gradient).norm() < gradient_tolerance * gradient.norm()
 
 
 @pytest.mark.parametrize("double_q", [True, False])

@@ -1,15 +1,20 @@
 """ppo_atari_lan.py: the network, the mathematics, the vector environment, and training that learns."""
 
 import dataclasses
+import functools
 import inspect
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Quadrants, Recorded, read_events, run_script
+from ale_py import AtariVectorEnv
+from conftest import ROOT, Quadrants, Recorded, read_events, run_script
 from gymnasium.wrappers import FrameStackObservation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,6 +226,52 @@ def test_learning_rate_schedule():
     assert rates == pytest.approx([2.5e-4, 1.25e-4, 0.25e-4])
 
 
+def random_batch(generator):
+    observations = torch.randint(256, (64, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    noise = torch.randn(4, 64, generator=generator)
+    actions = torch.randint(4, (64,), generator=generator)
+    return ppo.Batch(observations, actions, 0.01 * noise[0] - np.log(4), noise[1], noise[2], noise[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "loss_tolerance", "gradient_tolerance"),
+    [("amp", 1e-2, 5e-2), ("compile", 1e-5, 1e-5), ("amp compile", 1e-2, 5e-2)],
+)
+def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_tolerance):
+    """The first three updates against float32: losses and the first gradient, relative.
+
+    Would catch: a target or a loss computed in bfloat16, a compiled graph that holds an old batch or old weights.
+    """
+
+    def first_updates(amp, compiled):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        network = ppo.ActorCritic(4, "tanh-lan").to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(network.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
+        loss_function = torch.compile(ppo.ppo_loss, disable=not compiled)
+        batches = [random_batch(generator) for _ in range(3)]
+        losses = []
+        for update in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss, _ = loss_function(network, batches[update], 0.1, 0.01, 0.5, True, True)
+            optimizer.zero_grad()
+            loss.backward()
+            if update == 0:
+                gradient = torch.cat([weight.grad.flatten() for weight in network.parameters()])
+            optimizer.step()
+            losses.append(loss.item())
+        torch.compiler.reset()
+        return np.array(losses), gradient
+
+    losses, gradient = first_updates(amp=False, compiled=False)
+    other_losses, other_gradient = first_updates("amp" in flags, "compile" in flags)
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(other_losses, losses, rtol=loss_tolerance)
+    assert not torch.equal(other_gradient, gradient)
+    assert (other_gradient - gradient).norm() < gradient_tolerance * gradient.norm()
+
+
 def test_the_update_never_waits_for_the_device():
     """On torch's meta device any .item(), and any tensor made on the CPU, raises."""
     network = ppo.ActorCritic(6, "tanh-lan").to("meta")
@@ -242,6 +293,16 @@ def test_the_update_never_waits_for_the_device():
 
 
 # ----------------------------------------------------------------------------------- vector environment
+
+
+ROMS = {
+    "BeamRider": "beam_rider", "Breakout": "breakout", "Enduro": "enduro", "Pong": "pong", "Qbert": "qbert",
+    "Seaquest": "seaquest", "SpaceInvaders": "space_invaders", "VideoPinball": "video_pinball",
+}  # fmt: skip
+ALE_RUN = (
+    "ppo_atari_lan.py", "--env-backend", "ale", "--checkpoint-frequency", "0", "--total-timesteps", "1024",
+    "--num-steps", "64", "--num-threads", "1", "--metrics-frequency", "0",
+)  # fmt: skip
 
 
 def rollout(async_envs, seed, steps=400, envs=3):
@@ -337,6 +398,91 @@ def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_
     events = read_events(folder)
     # Two games that end in the same vector step are logged at agent steps of their own: 5 * 2 - 1 and 5 * 2.
     assert events["charts/episodic_length"] == [(9, 5), (10, 5), (23, 7), (24, 7)]
+
+
+@pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders", "Qbert"])
+def test_ale_games_end_where_ale_says_that_games_end(game):
+    """The oracle: the same games without `life_loss_info`, whose terminations are real ends.
+
+    Would catch: a lost life counted as a game, a game over missed, a clipped score, a score carried into the next game.
+    """
+    seeds = np.array([0, 5, 7])
+    ours = ppo.AleGames(f"{game}NoFrameskip-v4", 3, num_threads=1)
+    oracle = AtariVectorEnv(ROMS[game], 3, autoreset_mode="SameStep", reward_clipping=False, num_threads=1)
+    stacks, _ = ours.reset(seed=seeds)
+    expected, _ = oracle.reset(seed=seeds)
+    rng = np.random.default_rng(0)
+    scores, lengths, ends, lost_lives = np.zeros(3), np.zeros(3), 0, 0
+    for _ in range(1500):
+        np.testing.assert_array_equal(stacks, expected[..., None])
+        actions = rng.integers(ours.single_action_space.n, size=3)
+        stacks, rewards, terminations, _, infos = ours.step(actions)
+        expected, raw, over, _, _ = oracle.step(actions)
+        np.testing.assert_array_equal(rewards, np.sign(raw))
+        scores, lengths = scores + raw, lengths + 1
+        games = {int(i): (scores[i], lengths[i]) for i in np.flatnonzero(over)}
+        assert ppo.ended_games(infos) == games
+        scores[over], lengths[over] = 0, 0
+        ends, lost_lives = ends + over.sum(), lost_lives + (terminations & ~over).sum()
+    assert ends >= 5
+    assert lost_lives >= ends
+
+
+def test_a_truncated_ale_game_shows_its_true_last_observation(monkeypatch):
+    """Would catch: a bootstrap from the next game's first observation, a truncated game that is not told."""
+    short = functools.partial(AtariVectorEnv, max_num_frames_per_episode=200)
+    monkeypatch.setattr(ppo, "AtariVectorEnv", short)
+    games = ppo.AleGames("PongNoFrameskip-v4", 2, num_threads=1)
+    last, _ = games.reset(seed=1)
+    for _ in range(200):
+        stacks, _, terminations, truncations, infos = games.step(np.array([2, 3]))
+        if truncations.any():
+            break
+        last = stacks
+    assert truncations.all()
+    assert not terminations.any()
+    assert list(ppo.ended_games(infos)) == [0, 1]
+    np.testing.assert_array_equal(infos["final_obs"][:, :3], last[:, 1:])
+    assert (stacks[:, :3] == 0).all()  # a reset fills the stack with zeros, unlike the default's copies
+
+
+def test_every_game_exists_in_ale_too():
+    """Would catch: a game whose ale name is not its class name in lower case."""
+    for game, rom in ROMS.items():
+        env = ppo.AleGames(f"{game}NoFrameskip-v4", 1, num_threads=1)
+        actions = gym.make(f"{game}NoFrameskip-v4").action_space.n
+        assert env.single_action_space.n == actions, rom
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_on_ale_games_is_reproducible(runs_dir, seed):
+    """Would catch: an unseeded game (seed 0 was, in older releases), a checkpoint that cannot be made."""
+    weights = []
+    for exp_name in ("first", "second"):
+        done = run_script(*ALE_RUN, "--runs-dir", runs_dir, "--exp-name", exp_name, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        folder = runs_dir / f"BreakoutNoFrameskip-v4__{exp_name}__tanh-lan__{seed}"
+        weights.append(torch.load(folder / "model.pt"))
+        assert not (folder / "checkpoints").exists()
+        assert len(read_events(folder)["charts/episodic_return"]) >= 1
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+
+
+@pytest.mark.slow
+def test_a_stopped_run_on_ale_games_says_that_nothing_was_saved(runs_dir):
+    """Would catch: a signal that crashes in the missing snapshot, or a promise to resume."""
+    command = [sys.executable, *ALE_RUN, "--runs-dir", str(runs_dir), "--total-timesteps", "10000000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "agent steps" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; nothing was saved; this starts anew: python ppo_atari_lan.py" in stderr
+    assert "Traceback" not in stderr
 
 
 # --------------------------------------------------------------------------------- whole training runs

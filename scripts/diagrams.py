@@ -1,0 +1,231 @@
+"""The two networks with and without a LaN, as they are: every number is read off the modules (paper, Fig. 3 and 9).
+
+python scripts/diagrams.py                 seconds; replaces results/figures/architecture_*.png
+
+python scripts/diagrams.py --out-dir out   the same into another folder
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from drawing import COLORS, launch, plt, save
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from torch import nn
+
+import dqn_atari_lan as dqn
+import ppo_atari_lan as ppo
+
+GAME = "SpaceInvadersNoFrameskip-v4"  # as in the paper
+ACTIVATIONS = ("tanh", "tanh-lan")  # without and with a LaN
+CONVOLUTION, VECTOR, HEAD = "#DCE6EE", "#EDEDED", "#F6E7C1"
+TIMES = "\N{MULTIPLICATION SIGN}"
+HEADS = {"q": "Q-values", "actor": "action logits", "critic": "value"}
+
+
+class Block(NamedTuple):
+    """What one layer leaves."""
+
+    name: str  # of the module in its network
+    layer: str  # what it computes, for a reader
+    shape: tuple[int, ...]  # of its output, without the batch
+    parameters: int
+
+
+def blocks(network: nn.Module) -> dict[str, Block]:
+    """The layers of a `QNetwork` or `ActorCritic` by their names, in the order of the modules.
+
+    The ReLU after a convolution belongs to its block; "representation" is z itself.
+    """
+    shapes = {}
+
+    def remember(name: str):
+        return lambda module, inputs, output: shapes.update({name: tuple(output.shape[1:])})
+
+    layers = {name: module for name, module in network.named_modules() if name}
+    hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
+    with torch.no_grad():
+        network(torch.zeros(1, 4, 84, 84))
+    for hook in hooks:
+        hook.remove()
+
+    activation = getattr(network.representation.f, "__name__", "")
+    norm = "LayerNorm, " if isinstance(network.representation.norm, nn.LayerNorm) else ""
+    found = {}
+    for name, module in layers.items():
+        if name not in shapes:
+            continue
+        if isinstance(module, nn.Conv2d):
+            layer = f"{size(module.kernel_size)} conv\nstride {module.stride[0]}"
+        elif isinstance(module, nn.ReLU):
+            previous = next(reversed(found))
+            found[previous] = found[previous]._replace(layer=found[previous].layer + "\nReLU")
+            continue
+        elif isinstance(module, nn.Flatten):
+            layer = "flatten"
+        elif name.startswith("representation.layers."):
+            layer = f"linear\n{norm}{activation}"
+        elif isinstance(module, nn.Linear):
+            layer = "linear"
+        elif module is network.representation:
+            layer = {torch.mul: TIMES, torch.add: "+"}[module.join]
+        else:
+            continue
+        found[name] = Block(name, layer, shapes[name], sum(p.numel() for p in module.parameters()))
+    return found
+
+
+def size(shape: tuple[int, ...]) -> str:
+    """(32, 20, 20) -> 32 x 20 x 20, with the multiplication sign."""
+    return f" {TIMES} ".join(map(str, shape))
+
+
+def game_frames() -> np.ndarray:
+    """The newest four frames after a minute of random play, oldest first: (4, 84, 84) uint8."""
+    env = dqn.make_env(GAME)
+    env.action_space.seed(1)
+    frame, _ = env.reset(seed=1)
+    frames = [frame]
+    for _ in range(90):
+        frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        frames.append(env.reset()[0] if terminated or truncated else frame)
+    env.close()
+    return np.stack(frames[-4:])[..., 0]
+
+
+# ----------------------------------------------------------------------------------------------- drawing
+
+
+def draw_map(ax: plt.Axes, x: float, shape: tuple[int, ...], frames: np.ndarray | None = None) -> float:
+    """Feature maps, or the frames themselves, as a pile centred on y = 0, the last one in front; returns its end."""
+    channels, height, _ = shape
+    side = 0.22 * np.sqrt(height)
+    sheets, step, edge = (channels // 10, 0.07, "#5A7184") if frames is None else (channels, 0.13, "white")
+    spread = step * (sheets - 1)
+    for i in range(sheets):
+        left, bottom = x + i * step, (spread - side) / 2 - i * step
+        if frames is not None:
+            ax.imshow(frames[i], cmap="gray", extent=(left, left + side, bottom, bottom + side), zorder=2 + 0.1 * i)
+        face = CONVOLUTION if frames is None else "none"
+        ax.add_patch(Rectangle((left, bottom), side, side, facecolor=face, edgecolor=edge, zorder=2.05 + 0.1 * i))
+    label_under(ax, x + (side + spread) / 2, -(side + spread) / 2, size(shape))
+    return x + side + spread
+
+
+def draw_vector(ax: plt.Axes, x: float, y: float, block: Block, label: str, color: str, above: bool = False) -> float:
+    """A vector as a bar; returns where it ends."""
+    height, width = 0.2 * np.log2(block.shape[-1] + 1), 0.26
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor=color,
+            edgecolor="#333333",
+            lw=0.8,
+            zorder=3,
+        )
+    )
+    text = f"{label}\n{size(block.shape)}" if label else size(block.shape)
+    if above:
+        ax.text(x + width / 2, y + height / 2 + 0.1, text, ha="center", va="bottom", fontsize=8)
+    else:
+        label_under(ax, x + width / 2, y - height / 2, text)
+    return x + width
+
+
+def label_under(ax: plt.Axes, x: float, y: float, text: str) -> None:
+    ax.text(x, y - 0.1, text, ha="center", va="top", fontsize=8, linespacing=1.15)
+
+
+def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], block: Block | None = None) -> None:
+    """An arrow, with what its layer does and how many parameters it has beside it."""
+    ax.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, lw=1, color="#444444", shrinkA=2, shrinkB=2)
+    )
+    if block is not None:
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        slope = np.sign(end[1] - start[1])
+        ax.text(
+            x,
+            y + (0.12 if slope >= 0 else -0.12) + 0.22 * slope,
+            block.layer + (f"\n{block.parameters:,}" if block.parameters else ""),
+            ha="center",
+            va="bottom" if slope >= 0 else "top",
+            fontsize=7.2,
+            color="#444444",
+            linespacing=1.15,
+        )
+
+
+def draw_network(ax: plt.Axes, network: nn.Module, activation: str, frames: np.ndarray) -> None:
+    """One network from the frames to its heads, left to right."""
+    found = blocks(network)
+    trunk = [block for name, block in found.items() if name.startswith("trunk.")]
+    factors = [block for name, block in found.items() if name.startswith("representation.layers.")]
+    z = found["representation"]
+    heads = [found[name] for name in HEADS if name in found]
+    color = COLORS[activation]
+
+    end = draw_map(ax, 0.0, frames.shape, frames)
+    for block in trunk:
+        gap = 1.25
+        draw_arrow(ax, (end, 0), (end + gap, 0), block)
+        if len(block.shape) == 3:
+            end = draw_map(ax, end + gap, block.shape)
+        else:
+            end = draw_vector(ax, end + gap, 0, block, "", VECTOR)
+
+    x = end + 2.0
+    if len(factors) == 1:
+        draw_arrow(ax, (end, 0), (x, 0), factors[0])
+        end = draw_vector(ax, x, 0, z, "$z$", color)
+    else:
+        ys = np.linspace(1.45, -1.45, len(factors))
+        joint = x + 1.5
+        for block, y in zip(factors, ys, strict=True):
+            draw_arrow(ax, (end, 0), (x, y), block)
+            name = block.name.removeprefix("representation.layers.")
+            tex = {"z_enc": "$z^{enc}$", "z_star": "$z^{*}$", "z_star2": "$z^{**}$"}[name]
+            right = draw_vector(ax, x, y, block, tex, color + "66", above=y > 0)
+            draw_arrow(ax, (right, y), (joint - 0.2, 0.17 * np.sign(y)))
+        ax.add_patch(Circle((joint, 0), 0.24, facecolor="white", edgecolor="#333333", lw=1, zorder=3))
+        ax.text(joint, -0.01, z.layer, ha="center", va="center_baseline", fontsize=13, zorder=4)
+        draw_arrow(ax, (joint + 0.24, 0), (joint + 1.0, 0))
+        end = draw_vector(ax, joint + 1.0, 0, z, "$z$", color)
+
+    ys = [0.0] if len(heads) == 1 else [1.1, -1.1]
+    for block, y in zip(heads, ys, strict=True):
+        draw_arrow(ax, (end, 0), (end + 1.7, y), block)
+        draw_vector(ax, end + 1.7, y, block, HEADS[block.name], HEAD, above=y > 0)
+    total = sum(p.numel() for p in network.parameters())
+    ax.set_title(f"--activation {activation}: {total:,} parameters", loc="left", fontsize=10.5, fontweight="bold")
+    ax.set_xlim(-0.1, 18.4)
+    reach = 3.1 if len(factors) > 1 else 2.0
+    ax.set_ylim(-reach, reach)
+    ax.set_aspect("equal")
+    ax.axis("off")
+
+
+def draw(network_class: type[nn.Module], frames: np.ndarray, actions: int) -> plt.Figure:
+    """One figure: the network without a LaN above, with one below."""
+    figure, axes = plt.subplots(2, 1, figsize=(12, 7), height_ratios=(2.0, 3.1))
+    for ax, activation in zip(axes, ACTIVATIONS, strict=True):
+        draw_network(ax, network_class(actions, activation), activation, frames)
+    game = GAME.removesuffix("NoFrameskip-v4")
+    source = f"{network_class.__name__} of {network_class.__module__}.py"
+    figure.supxlabel(f"{source} on {game}. The last number at an arrow counts its parameters.", fontsize=8.5)
+    return figure
+
+
+def main(out_dir: Path) -> None:
+    frames = game_frames()
+    actions = 6  # of Space Invaders
+    save(draw(dqn.QNetwork, frames, actions), out_dir, "architecture_dqn")
+    save(draw(ppo.ActorCritic, frames, actions), out_dir, "architecture_ppo")
+
+
+if __name__ == "__main__":
+    launch(main, __doc__)

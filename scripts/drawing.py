@@ -1,0 +1,78 @@
+"""What the side experiments share: colours, the look of a figure, and files under --out-dir."""
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from plot_results import STYLES  # noqa: E402
+
+COLORS = {activation: color for activation, (_, color, _) in STYLES.items()}  # the same in every figure
+
+plt.rcdefaults()  # plot_results has a look of its own
+plt.rcParams.update(
+    {
+        "figure.dpi": 130,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "legend.frameon": False,
+    }
+)
+
+
+@dataclass
+class Args:
+    out_dir: Path = ROOT / "results"
+    """folder of the recorded numbers, and of the figures in figures/"""
+
+
+def launch(main: Callable[[Path], None], doc: str) -> None:
+    """Parse the command line and run `main(out_dir)`; what a user can cause ends in one line and an exit code."""
+    out_dir = tyro.cli(Args, description=doc).out_dir
+    try:
+        (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        leave(2, f"error: --out-dir {out_dir}: {error.filename}: {error.strerror}; name another folder")
+    try:
+        main(out_dir)
+    except OSError as error:
+        leave(1, f"error: cannot write {error.filename or out_dir}: {error.strerror}; mend that and run this again")
+    except KeyboardInterrupt:
+        leave(130, "interrupted; run this again from the start")
+
+
+def leave(code: int, message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def write_text(file: Path, text: str) -> None:
+    file.write_text(text)
+    print(f"wrote {file}")
+
+
+def save(figure: plt.Figure, out_dir: Path, name: str) -> None:
+    """Write out_dir/figures/<name>.png and say so."""
+    file = out_dir / "figures" / f"{name}.png"
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    plt.close(figure)
+    # 256 colours are a third of the bytes, and nobody sees the difference.
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(f"wrote {file}")

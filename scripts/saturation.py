@@ -1,0 +1,314 @@
+"""How often is a product of neurons dead, and which weights still get a gradient? (paper, Section 3, Table 1, Fig. 13)
+
+python scripts/saturation.py                 all of it, under a minute; replaces results/saturation*
+
+python scripts/saturation.py --out-dir out   the same into another folder
+
+Neurons are saturated by large random biases, with probability p each, and counted by the function that training uses.
+The second figure measures Section 3's argument about derivatives on the representation of the training scripts.
+"""
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from drawing import COLORS, launch, plt, save, write_text
+from torch import Tensor, nn
+
+import metrics
+from dqn_atari_lan import Representation
+
+ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
+FACTORS = (1, 2, 3)
+PROBABILITIES = tuple(i / 20 for i in range(21))
+OBSERVATIONS = 2048  # as in training
+FEATURES = 32
+NEURONS = 1000
+SCALE = 2.0  # standard deviation of A x: a neuron of this scale that is not saturated uses its whole range
+SATURATING_BIAS = (15.0, 30.0)  # at least 7 standard deviations of A x: f stays within 0.01 of its limit
+SCALES = tuple(np.geomspace(0.01, 3, 13).round(4).tolist())
+BIASES = tuple(np.linspace(-10, 10, 41).tolist())
+
+
+def theory(activation: str, p: float | np.ndarray, factors: int) -> float | np.ndarray:
+    """Probability that a product of independent neurons is dead; of two it is the paper's Table 1.
+
+    tanh ends at -1 or 1, so the product is constant only if every factor is: p^k.
+    relu ends at 0, and one zero is enough: one minus the probability that none is, 1 - (1 - p)^k.
+    sigmoid ends at 0 and at 1, each with p/2. One zero is enough: 1 - (1 - p/2)^k. Without a zero all factors have
+    to be constant at 1, which excludes the former: + (p/2)^k. The sum is p for one factor and for two, but
+    1.5 p - 0.75 p^2 + 0.25 p^3 for three.
+
+    Args:
+        p: of one neuron, in [0, 1].
+        factors: k, at least 1.
+    """
+    if activation == "tanh":
+        return p**factors
+    if activation == "relu":
+        return 1 - (1 - p) ** factors
+    return 1 - (1 - p / 2) ** factors + (p / 2) ** factors
+
+
+def simulate(
+    activation: str, p: float, factors: int, generator: torch.Generator, neurons: int = NEURONS, scale: float = SCALE
+) -> tuple[Tensor, Tensor]:
+    """Products of layers f(A x + B), in which a neuron's bias saturates it with probability p.
+
+    Returns:
+        z (OBSERVATIONS, neurons), and where each factor saturates, (factors, neurons): -1 at the low end, 1 at the
+        high end, 0 not at all.
+    """
+    x = torch.randn(OBSERVATIONS, FEATURES, generator=generator)
+    saturated = torch.rand(factors, neurons, generator=generator) < p
+    end = -torch.ones(factors, neurons)
+    if activation != "relu":  # which has no high end
+        end[torch.rand(factors, neurons, generator=generator) < 0.5] = 1
+    weights = torch.randn(factors, FEATURES, neurons, generator=generator) * scale / math.sqrt(FEATURES)
+    low, high = SATURATING_BIAS
+    bias = saturated * end * (low + (high - low) * torch.rand(factors, neurons, generator=generator))
+    z = ACTIVATIONS[activation](x @ weights + bias[:, None]).prod(dim=0)
+    return z, (saturated * end).to(torch.int8)
+
+
+def must_be_dead(activation: str, ends: Tensor) -> Tensor:
+    """Which products are constant, from where their factors saturate: (factors, neurons) -> bool (neurons,)."""
+    if activation == "tanh":
+        return (ends != 0).all(dim=0)
+    return (ends < 0).any(dim=0) | (ends > 0).all(dim=0)
+
+
+def count(generator: torch.Generator) -> list[dict]:
+    """Theory and simulation for every activation, number of factors and p."""
+    rows = []
+    for activation, factors, p in itertools.product(ACTIVATIONS, FACTORS, PROBABILITIES):
+        z, _ = simulate(activation, p, factors, generator)
+        dead = metrics.dead_neurons(z, generator=generator).float().mean().item()
+        expected = theory(activation, p, factors)
+        error = math.sqrt(expected * (1 - expected) / NEURONS)
+        rows.append(
+            dict(activation=activation, factors=factors, p=p, theory=expected, simulated=dead, standard_error=error)
+        )
+    return rows
+
+
+def margins(generator: torch.Generator) -> list[dict]:
+    """How far from omega = 20 the density peaks of living and of dead products are, at p = 1/2."""
+    rows = []
+    for activation, factors in itertools.product(ACTIVATIONS, FACTORS):
+        z, ends = simulate(activation, 0.5, factors, generator)
+        peaks, dead = metrics.kde_peak_density(z, generator=generator), must_be_dead(activation, ends)
+        rows.append(
+            dict(
+                activation=activation,
+                factors=factors,
+                highest_alive=peaks[~dead].max().item(),
+                lowest_dead=peaks[dead].min().item(),
+            )
+        )
+    return rows
+
+
+def count_unsaturated(generator: torch.Generator) -> list[dict]:
+    """What is counted as dead although nothing saturates, because A x is small."""
+    rows = []
+    for activation, factors, scale in itertools.product(ACTIVATIONS, FACTORS, SCALES):
+        z, _ = simulate(activation, 0.0, factors, generator, neurons=200, scale=scale)
+        dead = metrics.dead_neurons(z, generator=generator).float().mean().item()
+        rows.append(dict(activation=activation, factors=factors, scale=scale, simulated=dead))
+    return rows
+
+
+def gradient_norms(activation: str, bias: float, observations: int = 512, features: int = 64) -> dict[str, float]:
+    """Norms of the loss's gradient when the bias of z_enc is `bias` and that of z_star 0 (paper, Section 3.2).
+
+    The layers are the training scripts' own with PyTorch's initialisation, on standard normal observations that
+    have passed through one linear layer "below"; the gradient that arrives at z is standard normal.
+
+    Args:
+        activation: of `--activation`.
+
+    Returns:
+        Of the weights "below", "z_enc" and, with a LaN, "z_star".
+    """
+    torch.manual_seed(0)
+    below = nn.Linear(features, features)
+    nn.init.orthogonal_(below.weight)  # so that x has the observations' scale
+    representation = Representation(features, activation)
+    for name, layer in representation.layers.items():
+        nn.init.constant_(layer.bias, bias if name == "z_enc" else 0.0)
+    z = representation(below(torch.randn(observations, features)))
+    z.backward(torch.randn(z.shape))
+    weights = {"below": below.weight, **{name: layer.weight for name, layer in representation.layers.items()}}
+    return {name: weight.grad.norm().item() for name, weight in weights.items()}
+
+
+def measure_gradients() -> list[dict]:
+    """`gradient_norms` over the bias, in units of the single layer's at bias 0."""
+    rows = []
+    for f in ("tanh", "sigmoid"):
+        unit = gradient_norms(f, 0.0)
+        for activation, bias in itertools.product((f, f"{f}-lan"), BIASES):
+            for name, norm in gradient_norms(activation, bias).items():
+                reference = unit["below" if name == "below" else "z_enc"]
+                rows.append(dict(activation=activation, bias=bias, weights=name, relative_norm=norm / reference))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def select(rows: list[dict], **values: object) -> list[dict]:
+    """The rows that hold these values."""
+    return [row for row in rows if values.items() <= row.items()]
+
+
+def write_csv(rows: list[dict], file: Path) -> None:
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    print(f"wrote {file}")
+
+
+def report(counts: list[dict], margin: list[dict], unsaturated: list[dict], gradients: list[dict]) -> str:
+    """The tables, as markdown."""
+    formulas = {
+        "tanh": ("p", "p^2", "p^3"),
+        "sigmoid": ("p", "p", "1.5p - 0.75p^2 + 0.25p^3"),
+        "relu": ("p", "2p - p^2", "1 - (1 - p)^3"),
+    }
+    shown = (0.1, 0.25, 0.5, 0.75, 0.9)
+    lines = [
+        "# Dead products of neurons\n",
+        f"`python scripts/saturation.py`; {NEURONS:,} products per cell, {OBSERVATIONS:,} observations. Each cell: "
+        "simulated / theory. All values of p: `saturation.csv`.\n",
+        "| neuron | factors | theory | " + " | ".join(f"p = {p:g}" for p in shown) + " |",
+        "| --- " * (3 + len(shown)) + "|",
+    ]
+    for activation, factors in itertools.product(ACTIVATIONS, FACTORS):
+        cells = [
+            f"{row['simulated']:.3f} / {row['theory']:.3f}"
+            for row in select(counts, activation=activation, factors=factors)
+            if row["p"] in shown
+        ]
+        lines.append(f"| {activation} | {factors} | {formulas[activation][factors - 1]} | {' | '.join(cells)} |")
+    off = [
+        abs(row["simulated"] - row["theory"]) / row["standard_error"] for row in counts if row["standard_error"] > 1e-9
+    ]
+    lines += [
+        f"\nOf {len(off)} cells with 0 < theory < 1, {sum(z <= 1 for z in off) / len(off):.0%} lie within one standard "
+        f"error of it, {sum(z <= 2 for z in off) / len(off):.0%} within two; the furthest is {max(off):.1f} away.\n",
+        "## Is it clear who is dead?\n",
+        "Density peaks at p = 1/2; from omega = 20 on a neuron counts as dead.\n",
+        "| neuron | factors | highest of the living | lowest of the dead |",
+        "| --- " * 4 + "|",
+    ]
+    lines += [
+        f"| {row['activation']} | {row['factors']} | {row['highest_alive']:.1f} | {row['lowest_dead']:.1f} |"
+        for row in margin
+    ]
+    lines += [
+        "\n## Counted as dead though nothing saturates (p = 0)\n",
+        "By the standard deviation of A x.\n",
+        "| neuron | factors | " + " | ".join(f"{scale:.2g}" for scale in SCALES) + " |",
+        "| --- " * (2 + len(SCALES)) + "|",
+    ]
+    for activation, factors in itertools.product(ACTIVATIONS, FACTORS):
+        cells = [f"{row['simulated']:.0%}" for row in select(unsaturated, activation=activation, factors=factors)]
+        lines.append(f"| {activation} | {factors} | {' | '.join(cells)} |")
+    biases = (-10.0, -5.0, 0.0, 5.0, 10.0)
+    lines += [
+        "\n## Gradient that reaches the weights when z_enc's bias saturates it\n",
+        "1: a single layer of the same activation at bias 0.\n",
+        "| `--activation` | weights | " + " | ".join(f"bias {bias:g}" for bias in biases) + " |",
+        "| --- " * (2 + len(biases)) + "|",
+    ]
+    for activation, weights in dict.fromkeys((row["activation"], row["weights"]) for row in gradients):
+        cells = [
+            f"{row['relative_norm']:.2g}"
+            for row in select(gradients, activation=activation, weights=weights)
+            if row["bias"] in biases
+        ]
+        lines.append(f"| {activation} | {weights} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_counts(counts: list[dict], unsaturated: list[dict], out_dir: Path) -> None:
+    """Above Fig. 13's theory with the simulation, below what the count says of neurons that are merely small."""
+    figure, rows = plt.subplots(2, 3, figsize=(10, 6.4), sharey=True)
+    looks = {1: (":", "o", "a single neuron"), 2: ("-", "s", "product of two"), 3: ("--", "^", "product of three")}
+    titles = {
+        "tanh": "tanh: $p$, $p^2$, $p^3$",
+        "sigmoid": "sigmoid: $p$, $p$, $1.5p - 0.75p^2 + 0.25p^3$",
+        "relu": "ReLU: $p$, $2p - p^2$, $1 - (1 - p)^3$",
+    }
+    p = np.linspace(0, 1, 101)
+    for (above, below), activation in zip(rows.T, ACTIVATIONS, strict=True):
+        for factors, (line, marker, _) in looks.items():
+            look = dict(color=COLORS[activation], marker=marker, markersize=3.5, markerfacecolor="white")
+            above.plot(p, theory(activation, p, factors), line, color=COLORS[activation])
+            cells = select(counts, activation=activation, factors=factors)
+            bars = [2 * row["standard_error"] for row in cells]
+            simulated = [row["simulated"] for row in cells]
+            above.errorbar([row["p"] for row in cells], simulated, bars, linestyle="none", linewidth=0.8, **look)
+            cells = select(unsaturated, activation=activation, factors=factors)
+            below.plot([row["scale"] for row in cells], [row["simulated"] for row in cells], line, **look)
+        above.set(title=titles[activation], xlabel="probability p that a neuron is saturated")
+        below.axvline(SCALE, color="#b0b0b0", linewidth=3, zorder=0)
+        below.set(title="nothing saturated (p = 0)", xlabel="standard deviation of A x (grey: as above)", xscale="log")
+    for ax in rows[:, 0]:
+        ax.set_ylabel("fraction counted as dead")
+    handles = [
+        plt.Line2D([], [], linestyle=line, marker=marker, color="#666666", markerfacecolor="white", label=label)
+        for line, marker, label in looks.values()
+    ]
+    title = "lines above: theory; marks: simulation with two standard errors"
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, title=title)
+    save(figure, out_dir, "saturation")
+
+
+def draw_gradients(gradients: list[dict], out_dir: Path) -> None:
+    """Section 3.2: what a saturated factor lets through."""
+    figure, rows = plt.subplots(2, 2, figsize=(9, 7.2), sharex=True, sharey=True)
+    lines = {
+        ("", "z_enc"): ("single layer", "--"),
+        ("-lan", "z_enc"): ("product: the saturated factor", "-."),
+        ("-lan", "z_star"): ("product: the other factor", "-"),
+        ("", "below"): ("single layer", "--"),
+        ("-lan", "below"): ("product", "-"),
+    }
+    for column, f in zip(rows.T, ("tanh", "sigmoid"), strict=True):
+        for (lan, weights), (label, style) in lines.items():
+            norms = [row["relative_norm"] for row in select(gradients, activation=f + lan, weights=weights)]
+            ax = column[int(weights == "below")]
+            ax.plot(BIASES, norms, style, color=COLORS[f + lan], label=label, linewidth=1.8)
+        titles = (f"{f}: gradient of the layer's own weights", f"{f}: gradient of the weights below it")
+        for ax, title in zip(column, titles, strict=True):
+            ax.set(yscale="log", ylim=(1e-5, 5))
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), title=title)
+        column[1].set_xlabel("bias of the one factor (0: not saturated)")
+    for ax in rows[:, 0]:
+        ax.set_ylabel("norm (1: single layer, bias 0)")
+    save(figure, out_dir, "saturation_gradients")
+
+
+def main(out_dir: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts, margin, unsaturated = count(generator), margins(generator), count_unsaturated(generator)
+    gradients = measure_gradients()
+    text = report(counts, margin, unsaturated, gradients)
+    write_text(out_dir / "saturation.md", text)
+    write_csv(counts, out_dir / "saturation.csv")
+    write_csv(gradients, out_dir / "saturation_gradients.csv")
+    draw_counts(counts, unsaturated, out_dir)
+    draw_gradients(gradients, out_dir)
+    print(text)
+
+
+if __name__ == "__main__":
+    launch(main, __doc__)

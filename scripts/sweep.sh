@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Runs a list of jobs on this machine, as many at once as it can hold; again, it resumes what is unfinished:
+#   bash scripts/jobs.sh > jobs.txt; bash scripts/sweep.sh jobs.txt      or   bash scripts/jobs.sh | bash scripts/sweep.sh
+#   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   so many at once on each GPU; without a GPU, so many in all
+#   bash scripts/sweep.sh --dry-run jobs.txt          what would be run, and where
+#   bash scripts/sweep.sh --status jobs.txt           finished, running, failed and waiting runs, and the time left
+# Exit code: the number of runs that failed (at most 100), 2 for bad input, 128 + n when stopped by signal n.
+set -uo pipefail
+
+TRIES=3
+CHECKPOINT_SECONDS=120 # that a stopped run has to write its checkpoint
+# What one run needs, in MB: DQN with the paper's replay memory, 0.8 GB + 1,500 bytes a transition, and its checkpoint.
+RUN_RAM=2500
+RUN_DISK=1500
+RUN_GPU_MEMORY=1500 # an assumption: not measured yet
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# run SLOT LOG COMMAND: one job of the list; its exit code. Slot 0: device and threads are set already, by Slurm.
+run() {
+    local slot=$1 log=$2 name training stopped= code start=$SECONDS
+    name=$(basename "$log" .log)
+    if ((slot > 0)); then
+        local gpus=($SWEEP_GPUS)
+        ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[(slot - 1) % ${#gpus[@]}]}
+        export OMP_NUM_THREADS=$SWEEP_THREADS
+    fi
+    # GNU parallel and Slurm end a job by SIGTERM to the training as well: wait for it, a second one would make it
+    # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only.
+    trap 'stopped=1' TERM
+    trap 'kill -TERM "$training"' USR1
+    echo "=== $(date -Is) start in process $$ on $HOSTNAME" \
+        "${SLURM_JOB_ID:+as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID }with" \
+        "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $3" >> "$log" || return 2
+    [[ -z $stopped ]] || return 143
+    eval "exec $3" < /dev/null >> "$log" 2>&1 &
+    training=$!
+    while kill -0 "$training" 2> /dev/null; do wait "$training" 2> /dev/null; done
+    wait "$training" 2> /dev/null
+    code=$?
+    echo "=== $(date -Is) exit $code" >> "$log"
+    case $code in
+        0) echo "$(date +%T) finished in $((SECONDS - start)) s: $name" ;;
+        130 | 143) echo "$(date +%T) stopped: $name" ;;
+        *) echo "$(date +%T) failed with exit code $code: $name" ;;
+    esac
+    return $code
+}
+
+{ # read to its end before it runs: a sweep of weeks survives that this file changes
+
+caller=$PWD
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$project" || exit 2
+[[ ! -x .venv/bin/python ]] || export PATH=$project/.venv/bin:$PATH
+if [[ ${1-} == --run ]]; then
+    run "${@:2}"
+    exit
+fi
+
+jobs_file= per_gpu= dry_run= status=
+while (($#)); do
+    case $1 in
+        --jobs-per-gpu)
+            [[ ${2-} =~ ^[1-9][0-9]{0,3}$ ]] || fail "--jobs-per-gpu takes a number from 1 on"
+            per_gpu=$2
+            shift
+            ;;
+        --dry-run) dry_run=1 ;;
+        --status) status=1 ;;
+        --help | -h)
+            sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$project/scripts/sweep.sh"
+            exit
+            ;;
+        -?*) fail "unknown flag $1; try --help" ;;
+        *)
+            [[ -z $jobs_file ]] || fail "one job list at a time: $jobs_file or $1"
+            jobs_file=$1
+            ;;
+    esac
+    shift
+done
+command -v python > /dev/null || fail "there is no python on the PATH; bash scripts/quickstart.sh makes .venv"
+[[ -n $jobs_file || ! -t 0 ]] || fail "name a job list: bash scripts/jobs.sh > jobs.txt; bash scripts/sweep.sh jobs.txt"
+case ${jobs_file:=-} in
+    - | /*) ;;
+    *) jobs_file=$caller/$jobs_file ;;
+esac
+if [[ -n $status ]]; then
+    exec python scripts/status.py "$jobs_file"
+fi
+
+# Lines of: line number, state, log, command
+[[ $jobs_file != - ]] || { jobs=$(cat) && plan=$(python scripts/status.py --plan - <<< "$jobs") || exit; }
+[[ $jobs_file == - ]] || plan=$(python scripts/status.py --plan "$jobs_file") || exit
+todo=$(awk -F '\t' '$2 != "finished" && $2 != "running"' <<< "$plan")
+count() { grep -c . <<< "$1"; }
+runs_dir=$(dirname "$(dirname "$(awk -F '\t' 'NR == 1 {print $3}' <<< "$plan")")")
+
+# -- how many at once
+
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    gpus=(${CUDA_VISIBLE_DEVICES//,/ })
+    [[ ${gpus[0]-} != -1 ]] || gpus=() # CUDA's word for none
+else
+    gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*'))
+fi
+devices=${#gpus[@]}
+((devices > 0)) || devices=1
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+existing=$runs_dir
+while [[ ! -e $existing ]]; do existing=$(dirname "$existing"); done
+disk=$(df --output=avail -BM "$existing" | tail -n 1 | tr -dc 0-9)
+ram=$(awk '/MemAvailable/ {print int($2 / 1000)}' /proc/meminfo)
+if [[ $(cat /sys/fs/cgroup/memory.max 2> /dev/null) =~ ^[0-9]+$ ]]; then # a container's limit
+    limit=$((BASH_REMATCH[0] / 1000000 - $(awk '$1 == "anon" {print int($2 / 1e6)}' /sys/fs/cgroup/memory.stat)))
+    ((limit > ram)) || ram=$limit
+fi
+gb() { printf '%d.%d GB' $(($1 / 1000)) $(($1 % 1000 / 100)); }
+limits=("$((cores / devices)) by $cores CPU cores"
+    "$((ram / RUN_RAM / devices)) by $(gb "$ram") of free RAM at $(gb $RUN_RAM) a run"
+    "$((disk / RUN_DISK / devices)) by $(gb "$disk") of free disk at $(gb $RUN_DISK)")
+if ((${#gpus[@]})); then
+    memory=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits --id="$(IFS=, && echo "${gpus[*]}")" \
+        2> /dev/null | grep -x '[0-9]*' | sort -n | head -n 1)
+    [[ -z $memory ]] ||
+        limits+=("$((memory / RUN_GPU_MEMORY)) by $(gb "$memory") of free GPU memory at $(gb $RUN_GPU_MEMORY)")
+fi
+reason="--jobs-per-gpu $per_gpu"
+if [[ -z $per_gpu ]]; then
+    reason=$(printf '%s\n' "${limits[@]}" | sort -n | paste -sd , | sed 's/,/, /g')
+    per_gpu=${reason%% *}
+    ((per_gpu > 0)) || per_gpu=1
+fi
+slots=$((per_gpu * devices))
+threads=$((cores / slots > 0 ? cores / slots : 1))
+where="on the CPU"
+((${#gpus[@]} == 0)) || where="$per_gpu on each of the GPUs ${gpus[*]}"
+echo "$(count "$plan") runs: $(grep -cP '^\d+\tfinished' <<< "$plan") finished," \
+    "$(grep -cP '^\d+\trunning' <<< "$plan") running already, $(count "$todo") to run"
+echo "$slots at once, $where, CPU threads of each: $threads ($reason)"
+
+# -- run them
+
+if [[ -n $dry_run ]]; then
+    cut -f 4 <<< "$todo"
+    exit 0
+fi
+if [[ -z $todo ]]; then
+    exit 0
+fi
+parallel --version 2> /dev/null | grep -q GNU || fail "GNU parallel is missing: apt install parallel," \
+    "conda install -c conda-forge parallel, or brew install parallel"
+cut -f 3 <<< "$plan" | xargs -d '\n' dirname -z | sort -zu | xargs -0 mkdir -p || exit 2
+export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
+bar=()
+[[ ! -t 2 ]] || bar=(--bar)
+
+# In a process group of its own, so that Ctrl-C is passed on once, by this shell.
+set -m
+parallel --plain --will-cite --ungroup "${bar[@]}" --jobs "$slots" --retries "$TRIES" \
+    --joblog "$runs_dir/.sweep/joblog-$(date +%Y%m%d-%H%M%S).tsv" --termseq "TERM,${CHECKPOINT_SECONDS}000,KILL,25" \
+    --colsep '\t' --trim n --arg-file <(cut -f 3,4 <<< "$todo") "exec bash scripts/sweep.sh --run {%} {1} {2}" < /dev/null &
+parallel=$!
+signum=
+stop() {
+    if [[ -z $signum ]]; then
+        echo "stopping: the runs are writing their checkpoints; once more, and they leave without" >&2
+        signum=$1 stopped_at=$SECONDS
+        kill -INT "$parallel"
+    elif ((SECONDS - stopped_at > 1)); then # `timeout` and others send one signal twice
+        kill -TERM "$parallel"
+    fi
+}
+trap 'stop 1' HUP
+trap 'stop 2' INT
+trap 'stop 15' TERM
+while kill -0 "$parallel" 2> /dev/null; do wait "$parallel" 2> /dev/null; done
+
+# -- what came of it
+
+plan=$(cut -f 4 <<< "$plan" | python scripts/status.py --plan -)
+unfinished=$(awk -F '\t' '$2 != "finished" && $2 != "running"' <<< "$plan")
+elsewhere=$(awk -F '\t' '$2 == "running"' <<< "$plan")
+[[ -z $elsewhere ]] || echo "$(count "$elsewhere") runs are being trained by other processes: see --status"
+if [[ -n $signum ]]; then
+    echo "stopped with $(count "$unfinished") of $(count "$plan") runs unfinished; the same command resumes them"
+    exit $((128 + signum))
+fi
+failed=$(count "$unfinished")
+while IFS=$'\t' read -r _ _ log command; do
+    [[ -n $log ]] || continue
+    printf '\nfailed: %s\n%s ends with\n' "$command" "$log"
+    tail -n 6 "$log" | sed 's/^/    /'
+done <<< "$unfinished"
+echo "$(awk -F '\t' '$2 == "finished"' <<< "$plan" | wc -l) of $(count "$plan") runs have finished, $failed failed"
+exit $((failed > 100 ? 100 : failed))
+}
