@@ -1,6 +1,6 @@
 """Training speed and memory, side by side with stable-baselines3, and where an agent step goes.
 
-python scripts/benchmark.py            all contenders in turn, five rounds, and a breakdown: results/benchmark.json
+python scripts/benchmark.py            all contenders in turn, five rounds, and a breakdown, into results/benchmark.json
 python scripts/benchmark.py --quick    one round of the main ones, in three minutes; writes nothing
 
 The same game, activation (relu), hyperparameters and number of threads for all; each measurement is a process of its
@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-ALE = ("--env-backend", "ale", "--checkpoint-frequency", "0")
+ALE = ["--env-backend", "ale", "--checkpoint-frequency", "0"]
 # What is compared: name -> (algorithm, flags of the project's script, or None for stable-baselines3).
 CONTENDERS = {
     "sb3 dqn": ("dqn", None),
@@ -34,6 +34,7 @@ CONTENDERS = {
     "sb3 ppo": ("ppo", None),
     "ppo": ("ppo", []),
     "ppo --amp --compile": ("ppo", ["--amp", "--compile"]),
+    "ppo --env-backend ale": ("ppo", ALE),
     "ppo --amp --compile --env-backend ale": ("ppo", ["--amp", "--compile", *ALE]),
 }
 # Where an agent step goes; not with --compile, which would compile the clocks too.
@@ -42,6 +43,7 @@ BROKEN_DOWN = {
     "dqn --amp": ("dqn", ["--amp"]),
     "ppo": ("ppo", []),
     "ppo --amp": ("ppo", ["--amp"]),
+    "ppo --env-backend ale": ("ppo", ALE),
     "ppo --amp --env-backend ale": ("ppo", ["--amp", *ALE]),
 }
 QUICK = ("sb3 dqn", "dqn", "sb3 ppo", "ppo")
@@ -226,6 +228,14 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     print(json.dumps({"ms per agent step": round(1000 * total, 4), "parts": report}))
 
 
+def this_machine() -> str:
+    """The CPU, and what it has for bfloat16, on which --amp depends."""
+    about = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+    about = {name.strip(): value.strip("\t: ") for name, value in about.items()}
+    bfloat16 = [flag for flag in about.get("flags", "").split() if flag.endswith("_bf16")]
+    return f"{os.cpu_count()} cores, {about.get('model name', platform.machine())}, {' '.join(bfloat16) or 'no bf16'}"
+
+
 def main(args: Args) -> None:
     names = QUICK if args.quick else tuple(CONTENDERS)
     rounds = 1 if args.quick else args.rounds
@@ -267,14 +277,14 @@ def main(args: Args) -> None:
         content = {
             "command": f"python scripts/benchmark.py --rounds {rounds}",
             "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}, no GPU",
             "env_id": args.env_id,
             "rounds": rounds,
             "contenders": table,
             "breakdown": parts,
         }
-        (ROOT / "results").mkdir(exist_ok=True)
-        (ROOT / "results" / "benchmark.json").write_text(json.dumps(content, indent=2) + "\n")
+        file = ROOT / "results" / "benchmark.json"
+        machines = (json.loads(file.read_text()) if file.exists() else {}) | {this_machine(): content}
+        file.write_text(json.dumps(machines, indent=2) + "\n")
 
 
 if __name__ == "__main__":
