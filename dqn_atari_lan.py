@@ -122,7 +122,7 @@ class Machine:
     tf32: bool = False
     """TensorFloat-32 on CUDA: faster, rounds differently"""
     amp: bool = False
-    """bfloat16 in the forward pass: faster, rounds differently"""
+    """bfloat16 in the forward pass: for hardware that is faster at it (README, Speed), rounds differently"""
     compile: bool = False
     """torch.compile the loss: faster, rounds differently"""
 
