@@ -312,8 +312,8 @@ def draw_errors(results: dict, out_dir: Path) -> None:
                 ax.fill_between(steps, errors.min(axis=1), errors.max(axis=1), color=color, alpha=0.12, linewidth=0)
             ax.set_yscale("log")
             ax.set_ylim(1e-3, 300)
-            if axes is rows[-1]:
-                ax.set_xlabel("gradient steps")
+    for ax in rows[-1]:
+        ax.set_xlabel("gradient steps")
     figure.legend(
         *rows[0, 0].get_legend_handles_labels(),
         loc="outside lower center",

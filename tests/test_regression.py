@@ -144,7 +144,7 @@ def test_a_bad_folder_is_refused_in_one_line(tmp_path):
 
 
 def test_small_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Would catch: a report, table or figure that fails on a diverged seed."""
+    """Would catch: a report, table or figure that fails on a diverged seed; an axis without a name."""
     monkeypatch.setattr(regression, "LENGTHS", (2, 3))
     monkeypatch.setattr(regression, "SEEDS", range(3))
     results = {}
@@ -162,8 +162,21 @@ def test_small_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "nan" not in text
     (tmp_path / "figures").mkdir()
     regression.write_csv(results, tmp_path / "regression.csv")
+    labels, save = {}, regression.save
+
+    def note_labels(figure, out_dir, name):
+        grid = figure.axes[0].get_gridspec()
+        lowest = [ax.get_xlabel() for ax in figure.axes[-grid.ncols :]]
+        leftmost = [ax.get_ylabel() for ax in figure.axes[:: grid.ncols]]
+        labels[name] = set(lowest), set(leftmost)
+        save(figure, out_dir, name)
+
+    monkeypatch.setattr(regression, "save", note_labels)
     regression.draw_fits(results, tmp_path)
     regression.draw_errors(results, tmp_path)
+    assert labels["regression_errors"] == ({"gradient steps"}, {"mean squared error"})
+    assert labels["regression_fits"][0] == {"x"}
+    assert all(label.endswith("y") for label in labels["regression_fits"][1])
     assert (tmp_path / "figures" / "regression_errors.png").stat().st_size > 10_000
     lines = (tmp_path / "regression.csv").read_text().splitlines()
     assert {line.count(",") for line in lines} == {10}
