@@ -1396,7 +1396,7 @@ def main(args: Args) -> None:
         csv.writer(text, lineterminator="\n").writerows(rows)
         replace(out_dir / "results.csv", text.getvalue().encode())
         unfinished = sum(not run.finished for run in runs)
-        summary = f"{len(runs)} runs found in {runs_dir}, {len(drawn)} drawn, {unfinished} unfinished."
+        summary = f"Runs in {runs_dir}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
         parts = ["# Results\n", summary + "\n", *map(as_markdown, made)]
         parts += ["## Figures\n", *(f"- `{name}` {FIGURES[name].caption}" for name in pictures)] if pictures else []
         parts += ["\n## Missing or left out\n", *(f"- {line}" for line in messages)] if messages else []

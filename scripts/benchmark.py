@@ -156,6 +156,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
 
     module = __import__(f"{algorithm}_atari_lan")
     spent: dict[str, float] = {}
+    calls: dict[str, int] = {}
     running: list[list] = []  # [label, seconds in inner wrappers] of the open calls
     learning = {"start": None, "steps": 0}
 
@@ -170,6 +171,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
                 return original(*arguments, **kwargs)
             finally:
                 elapsed = time.perf_counter() - start
+                calls[name] = calls.get(name, 0) + 1
                 spent[label] = spent.get(label, 0) + elapsed - running.pop()[1]
                 if running:
                     running[-1][1] += elapsed
@@ -209,14 +211,16 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     def on_progress(progress, step, **values):
         if step >= WARM_UP[algorithm] and learning["start"] is None:
             spent.clear()
+            calls.clear()
             learning.update(start=time.perf_counter(), first=step)
-        learning.update(last=step, stop=time.perf_counter(), spent=dict(spent))
+        learning.update(last=step, stop=time.perf_counter(), spent=dict(spent), calls=dict(calls))
         update(progress, step, **values)
 
     checkpoint.Progress.update = on_progress
     with tempfile.TemporaryDirectory() as runs_dir:
         flags = our_flags(algorithm, env_id, num_threads, runs_dir)
         flags += ["--no-double-q"] if algorithm == "dqn" else ["--no-async-envs"]
+        flags += ["--metrics-frequency", "500", "--checkpoint-frequency", "500"]  # a few of what is rare
         flags += more_flags
         sys.argv = [f"{algorithm}_atari_lan.py", *flags]
         checkpoint.launch(module.main, module.Args)
@@ -224,6 +228,14 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     total = (learning["stop"] - learning["start"]) / steps
     shares = {label: seconds / steps for label, seconds in learning["spent"].items()}
     shares["the rest"] = total - sum(shares.values())
+    for label, call, frequency in (
+        ("metrics", "log_representation", "metrics_frequency"),
+        ("checkpoints", "save", "checkpoint_frequency"),
+    ):
+        if label in shares:  # as often as by default
+            seconds = learning["spent"][label] / learning["calls"][call]
+            shares[label] = seconds / getattr(module.Args(), frequency)
+    total = sum(shares.values())
     report = {label: round(1000 * seconds, 4) for label, seconds in sorted(shares.items(), key=lambda row: -row[1])}
     print(json.dumps({"ms per agent step": round(1000 * total, 4), "parts": report}))
 

@@ -256,6 +256,23 @@ def test_intervals_cover_the_truth_as_often_as_they_can(monkeypatch):
     assert min(median, iqm) > 0.85
 
 
+def test_the_interval_of_an_improvement_covers_the_truth(monkeypatch):
+    """Normal scores one standard deviation better than ReLU's are better with probability Phi(1 / sqrt(2)) = 0.76.
+
+    Would catch: runs drawn over the games' borders, X and Y in each other's place.
+    """
+    monkeypatch.setattr(plot_results, "RESAMPLES", 500)
+    rng = np.random.default_rng(5)
+    truth = stats.norm.cdf(1 / np.sqrt(2))
+    covered = []
+    for _ in range(300):
+        games = list(rng.normal(1 + 3 * np.arange(6.0)[:, None], 1, (6, 5)))
+        baseline = list(rng.normal(3 * np.arange(6.0)[:, None], 1, (6, 5)))
+        low, high = plot_results.interval(plot_results.probability_of_improvement, games + baseline)
+        covered.append(low < truth < high)
+    assert 0.85 < np.mean(covered) < 0.98
+
+
 # --------------------------------------------------------------------- what is left out, missing or mixed
 
 
