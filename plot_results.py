@@ -1389,7 +1389,7 @@ def main(args: Args) -> None:
     messages += [f"{told}: {', '.join(found)}" for told, found in lacks.items()]
     tell(messages)
 
-    written = [f"{len(pictures)} figures"] if names else []
+    written = [f"{len(pictures)} figure{'s' * (len(pictures) != 1)}"] if names else []
     if tables:
         rows = results_rows(runs)
         text = io.StringIO()
