@@ -446,9 +446,15 @@ def test_stopping_tells_each_training_once_and_leaves_none(project, how):
     lines = [f"python standin.py --seed {seed} --seconds 100" for seed in range(4)]
     command = ["bash", "scripts/sweep.sh", "--jobs-per-gpu", "2", job_list(project, *lines).name]
     terminal, its_end = pty.openpty()
+
+    def on_the_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for signum in (signal.SIGHUP, signal.SIGINT):  # which `nohup` and `&` around the tests would have ignored
+            signal.signal(signum, signal.SIG_DFL)
+
     process = subprocess.Popen(
         command, cwd=project, env=environment(), stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=on_the_terminal,
     )  # fmt: skip
     os.close(its_end)
     wait_until(lambda: len(notes(project, "begin")) == 2, process)
