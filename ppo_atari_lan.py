@@ -511,7 +511,8 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     log_probs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     staging = torch.zeros((args.num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=on_cuda).permute(0, 3, 1, 2)
     rewards, terminations, truncations = np.zeros((3, *shape), np.float32)
-    recent = torch.zeros((0, 4, 84, 84), dtype=torch.uint8, device=device)  # for the metrics
+    # The newest observations, for the metrics; moved within one tensor, a new one would be faulted in page by page.
+    recent = torch.zeros((args.metrics_samples, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     returns: deque[float] = deque(maxlen=100)
     stacks, _ = envs.reset(seed=args.seed)
     start = 0
@@ -525,7 +526,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
         optimizer.param_groups[0]["lr"] = learning_rate
         envs.set_attr("snapshot", checkpoint.arrays(saved["envs"]))
         stacks = saved["stacks"].numpy()
-        recent = saved["recent"].to(device)
+        recent.copy_(saved["recent"])
         returns.extend(saved["returns"])
         checkpoint.restore_random_states(saved["random"], rng)
     run.print_header(args, device, start, memory_needed)
@@ -536,15 +537,15 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
             "optimizer": optimizer.state_dict(),
             "envs": envs.get_attr("snapshot"),
             "stacks": stacks,
-            "recent": recent.clone(),  # a view would be saved with all that it is a view of
+            "recent": recent,
             "returns": list(returns),
             "random": checkpoint.random_states(rng),
         }
         run.save(step, state)
 
-    def measure() -> dict[str, Tensor]:
+    def measure(step: int) -> dict[str, Tensor]:
         """The activations of the most recent observations; empty while there are too few."""
-        return activations(network, recent, device) if len(recent) == args.metrics_samples else {}
+        return activations(network, recent, device) if step >= args.metrics_samples else {}
 
     def due(frequency: int, step: int) -> bool:
         """Did this iteration, which ends at `step`, pass a multiple of `frequency`?"""
@@ -573,7 +574,9 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
                 run.writer.add_scalar("charts/episodic_return", score, first_step + i)
                 run.writer.add_scalar("charts/episodic_length", length, first_step + i)
         step = iteration * rollout_steps
-        recent = torch.cat((recent, observations.flatten(0, 1)))[-args.metrics_samples :]
+        newest = observations.flatten(0, 1)[-args.metrics_samples :]
+        recent[: -len(newest)] = recent[len(newest) :].clone()
+        recent[-len(newest) :] = newest
 
         # Advantages.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -619,7 +622,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
             run.log_losses(means, step)
             run.writer.add_scalar("charts/learning_rate", learning_rate, step)
             run.writer.add_scalar("charts/SPS", progress.speed(), step)
-        if due(args.metrics_frequency, step) and (sample := measure()):
+        if due(args.metrics_frequency, step) and (sample := measure(step)):
             log_representation(run.writer, sample, args.dead_threshold, args.seed, step)
         if run.signum or due(args.checkpoint_frequency, step):
             if args.env_backend == "gymnasium":
@@ -632,7 +635,7 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     if run.saved < total and args.env_backend == "gymnasium":
         save(total)
     run.stop_at_once()
-    sample, representation = measure() if args.metrics_frequency else {}, {}
+    sample, representation = measure(total) if args.metrics_frequency else {}, {}
     if sample:
         silent = due(args.metrics_frequency, total)  # it was logged in the loop
         representation = log_representation(

@@ -575,6 +575,34 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
     assert all(steps == sorted(set(steps)) for steps in sequences.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [520, 1300])
+def test_the_newest_observations_are_measured(monkeypatch, runs_dir, samples):
+    """In the order in which they were played, from one rollout of 512 and part of the last, or of the last two."""
+    seen, measured = [], []
+    forward, activations = ppo.ActorCritic.forward, ppo.activations
+
+    def watched_forward(network, observations):
+        if not torch.is_grad_enabled():
+            seen.append(observations.clone())
+        return forward(network, observations)
+
+    def watched_activations(network, observations, device):
+        measured.append((len(seen), observations.clone()))
+        return activations(network, observations, device)
+
+    monkeypatch.setattr(ppo.ActorCritic, "forward", watched_forward)
+    monkeypatch.setattr(ppo, "activations", watched_activations)
+    train_quadrants(
+        monkeypatch, runs_dir, total_timesteps=2048, metrics_frequency=1000, metrics_samples=samples, update_epochs=1
+    )
+    assert len(measured) == (3 if samples < 1024 else 2)  # at 1024 and 2048, and at the end
+    for count, sample in measured:
+        assert count % 65 == 0  # 64 steps and the bootstrap
+        played = torch.cat([observations for i, observations in enumerate(seen[:count]) if i % 65 != 64])
+        assert torch.equal(sample, played[-samples:])
+
+
 def test_early_stop_ends_an_updates_passes(monkeypatch, runs_dir):
     """A policy that has moved further than any target stops after the first of four passes."""
     calls = []
