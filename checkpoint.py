@@ -93,7 +93,10 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
     groups = dataclasses.make_dataclass("Args", [(base.__name__.lower(), base) for base in args_class.__bases__])
-    parsed = tyro.cli(groups, description=args_class.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        parsed = tyro.cli(groups, description=args_class.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    except BrokenPipeError:  # --help | head
+        os._exit(128 + signal.SIGPIPE)
     args = args_class(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
     try:

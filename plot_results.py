@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
 from collections import Counter, defaultdict
@@ -1421,6 +1422,8 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except BadInput as error:
         leave(2, f"error: {error}")
+    except BrokenPipeError:  # --help | head
+        os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         leave(1, f"error: cannot use {error.filename}: {error.strerror}; mend that, then run this again")
     except (BrokenProcessPool, MemoryError):

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -300,4 +301,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     main(tyro.cli(Args, description=__doc__))

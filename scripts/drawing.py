@@ -1,6 +1,7 @@
 """What the side experiments share: colours, the look of a figure, and files under --out-dir."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Args:
 
 def launch(main: Callable[[Path], None], doc: str) -> None:
     """Parse the command line and run `main(out_dir)`; what a user can cause ends in one line and an exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     out_dir = tyro.cli(Args, description=doc).out_dir
     try:
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ python scripts/replay_benchmark.py --full     Q*bert, the largest: 1,000,000 tra
 """
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -129,5 +130,6 @@ def peak_rss() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     args = tyro.cli(Args, description=__doc__)
     fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)

@@ -692,6 +692,18 @@ def test_a_dead_worker_ends_the_run_in_one_line(runs_dir):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "scripts/regression.py", "scripts/benchmark.py",
+     "scripts/replay_benchmark.py"],
+)  # fmt: skip
+def test_help_that_nobody_reads_ends_quietly(script):
+    """As behind `| head`. Would catch: a traceback of BrokenPipeError below the help."""
+    command = f"{sys.executable} {script} --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 @pytest.mark.slow
 def test_training_goes_on_when_nobody_reads_its_output(runs_dir):
     """As behind `| head -1`. Would catch: a BrokenPipeError days into a run."""
