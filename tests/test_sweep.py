@@ -400,6 +400,9 @@ def test_the_default_number_follows_from_the_scarcest(project, tmp_path):
     assert re.match(r"\d+ at once, on the CPU, CPU threads of each: \d+ \(\d+ by ", text)
     assert f"{cores} by {cores} CPU cores" in text
     assert int(text.split()[0]) == max(1, min(map(int, re.findall(r"(\d+) by ", text))))
+    for what, tenths in ((r"free RAM at 2\.5 GB a run", 25), (r"free disk at 1\.5 GB", 15)):
+        runs, whole, tenth = map(int, re.search(rf"(\d+) by (\d+)\.(\d) GB of {what}", text).groups())
+        assert runs == (10 * whole + tenth) // tenths
 
 
 @needs_parallel
