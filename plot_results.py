@@ -1322,6 +1322,8 @@ def prepare_out_dir(out_dir: Path) -> Path:
         BadInput: it cannot be written, or holds files of these names that this program did not make.
     """
     cache = out_dir / ".cache"
+    if (out_dir / "config.json").exists():
+        raise BadInput(f"--out-dir {out_dir} is a run's folder; name another one")
     try:
         strangers = [name for name in ("index.html", "results.csv", "results.md") if (out_dir / name).exists()]
         if strangers and not cache.is_dir():

@@ -451,7 +451,8 @@ def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, ca
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
-    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    for seed in (1, 2):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed)
     (tmp_path / "empty").mkdir()
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
@@ -464,6 +465,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
         (["--runs-dir", runs_dir, "--only", "fig99"], "fig05a_dqn_normalized"),
         (["--runs-dir", runs_dir, "--out-dir", tmp_path / "site"], "did not make"),
         (["--runs-dir", runs_dir, "--out-dir", tmp_path / "file"], "name a folder that can be written"),
+        (["--runs-dir", runs_dir, "--out-dir", next(runs_dir.iterdir())], "is a run's folder"),
     ):
         done = run_script("plot_results.py", "--out-dir", out, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
