@@ -117,7 +117,8 @@ def read_jobs(file: str) -> list[Job]:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = text.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read the job list {file}: {error}")
+        reason = getattr(error, "strerror", None) or error
+        fail(f"cannot read the job list {file}: {reason}; name a file of commands, as scripts/jobs.sh prints them")
     os.chdir(PROJECT)
     jobs: dict[Path, Job] = {}
     for number, line in enumerate(lines, start=1):
