@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -74,8 +75,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
     if flags is not None:
         call = f"train_ours({algorithm!r}, {flags!r}, {args.env_id!r}, {args.num_threads})"
     done = subprocess.run([sys.executable, "-c", inner.format(call)], capture_output=True, text=True, cwd=ROOT)
+    return last_line(done, name)
+
+
+def last_line(done: subprocess.CompletedProcess, name: str) -> dict:
+    """What a contender reported; where it failed, this ends with its own last word."""
     if done.returncode:
-        sys.exit(f"error: {name} failed:\n{done.stderr}")
+        sys.exit(f"error: {name} failed with exit code {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -250,6 +256,14 @@ def this_machine() -> str:
 
 
 def main(args: Args) -> None:
+    import checkpoint
+
+    try:
+        checkpoint.check_env_id(args.env_id)
+        checkpoint.require(args.rounds > 0, args, "rounds", "be positive")
+        checkpoint.require(0 < args.num_threads <= os.cpu_count(), args, "num_threads", f"lie in 1 to {os.cpu_count()}")
+    except checkpoint.BadInput as error:
+        checkpoint.leave(2, f"error: {error}")
     names = QUICK if args.quick else tuple(CONTENDERS)
     rounds = 1 if args.quick else args.rounds
     found: dict[str, list[dict]] = {name: [] for name in names}
@@ -281,14 +295,14 @@ def main(args: Args) -> None:
         for name, (algorithm, flags) in BROKEN_DOWN.items():
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark as b; "
             code += f"b.breakdown({algorithm!r}, {args.env_id!r}, {args.num_threads}, {flags!r})"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-            parts[name] = json.loads(done.stdout.splitlines()[-1])
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+            parts[name] = last_line(done, f"the breakdown of {name}")
             print(f"\n{name}: {parts[name]['ms per agent step']} ms per agent step")
             for label, milliseconds in parts[name]["parts"].items():
                 print(f"  {label:<22}{milliseconds:>8.3f}")
     if not args.quick:
         content = {
-            "command": f"python scripts/benchmark.py --rounds {rounds}",
+            "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "env_id": args.env_id,
             "rounds": rounds,
@@ -301,5 +315,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
+    for signum in (signal.SIGPIPE, signal.SIGINT):  # end quietly, behind `| head` too
+        signal.signal(signum, signal.SIG_DFL)
     main(tyro.cli(Args, description=__doc__))

@@ -132,4 +132,9 @@ def peak_rss() -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     args = tyro.cli(Args, description=__doc__)
-    fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
+    if not 32 <= args.steps <= 1_000_000:
+        checkpoint.leave(2, f"error: --steps is {args.steps}; it must lie in 32, a minibatch, to 1,000,000")
+    try:
+        fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
+    except KeyboardInterrupt:
+        checkpoint.leave(130, "interrupted")

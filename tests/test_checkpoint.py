@@ -704,6 +704,25 @@ def test_help_that_nobody_reads_ends_quietly(script):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("benchmark.py", ["--rounds", "0"], "--rounds is 0; it must be positive"),
+        ("benchmark.py", ["--num-threads", "-1"], "--num-threads is -1; it must lie in 1 to "),
+        ("benchmark.py", ["--env-id", "Breakuot"], "did you mean BreakoutNoFrameskip-v4"),
+        ("replay_benchmark.py", ["--steps", "0"], "--steps is 0; it must lie in 32"),
+    ],
+)
+def test_benchmarks_refuse_bad_flags(script, flags, message):
+    """Would catch: a traceback, and a table of nothing written over the recorded one."""
+    command = [sys.executable, f"scripts/{script}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_training_goes_on_when_nobody_reads_its_output(runs_dir):
     """As behind `| head -1`. Would catch: a BrokenPipeError days into a run."""
