@@ -10,6 +10,7 @@ folder. Beyond the paper: interquartile means, bootstrap intervals and the proba
 """
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -23,7 +24,7 @@ import signal
 import struct
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -266,6 +267,9 @@ def replace(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -294,6 +298,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def planned_steps(self) -> int:
+        planned = self.args.get("total_timesteps")
+        return planned if type(planned) is int else self.agent_steps
 
 
 RUN_NAME = re.compile(r"(?P<game>\w+)NoFrameskip-v4__.+__(?P<activation>[a-z0-9-]+)__(?P<seed>\d+)")
@@ -338,12 +347,16 @@ def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
     return runs, messages
 
 
-def usual_length(runs: Sequence[Run]) -> int:
+def equally_long(steps: int, length: int) -> bool:
+    return abs(steps - length) <= LENGTH_TOLERANCE * length
+
+
+def usual_length(all_steps: Sequence[int]) -> int:
     """The most common number of agent steps, up to the tolerance; of equally common ones the largest."""
-    lengths = Counter(run.agent_steps for run in runs)
+    lengths = Counter(all_steps)
 
     def support(length: int) -> int:
-        return sum(n for other, n in lengths.items() if abs(other - length) <= LENGTH_TOLERANCE * length)
+        return sum(n for other, n in lengths.items() if equally_long(other, length))
 
     return max(lengths, key=lambda length: (support(length), length))
 
@@ -359,25 +372,27 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
             run.left_out = "no point in its event files" if run.finished else "unfinished, no point yet"
         elif not run.left_out and not run.finished and not allow_unfinished:
             run.left_out = "unfinished"
-    same = defaultdict(list)
-    for run in runs:
-        if not run.left_out:
-            same[run.algorithm, run.game, run.activation, run.seed].append(run)
-    for twins in same.values():
-        # Two experiments of one seed are not two seeds.
-        best = max(twins, key=lambda run: (run.finished, run.agent_steps))
-        for run in twins:
-            if run is not best:
-                run.left_out = f"same seed as {best.name}"
     lengths = {}
     for algorithm in ("dqn", "ppo"):
-        drawn = [run for run in runs if run.algorithm == algorithm and not run.left_out]
+        candidates = [run for run in runs if run.algorithm == algorithm and not run.left_out]
+        planned = usual_length([run.planned_steps for run in candidates]) if candidates else 0
+        same = defaultdict(list)
+        for run in candidates:
+            same[run.game, run.activation, run.seed].append(run)
+        for twins in same.values():
+            # Two experiments of one seed are not two seeds; a quick try does not replace the study's run.
+            fits = {run.name: equally_long(run.planned_steps, planned) for run in twins}
+            best = max(twins, key=lambda run: (fits[run.name], run.finished, run.agent_steps))
+            for run in twins:
+                if run is not best:
+                    run.left_out = f"same seed as {best.name}"
+        drawn = [run for run in candidates if not run.left_out]
         if drawn and allow_unfinished:
             lengths[algorithm] = max(run.agent_steps for run in drawn)
         elif drawn:
-            length = lengths[algorithm] = usual_length(drawn)
+            length = lengths[algorithm] = usual_length([run.agent_steps for run in drawn])
             for run in drawn:
-                if abs(run.agent_steps - length) > LENGTH_TOLERANCE * length:
+                if not equally_long(run.agent_steps, length):
                     run.left_out = f"other length than the usual {length:,} agent steps"
             lengths[algorithm] = max(run.agent_steps for run in drawn if not run.left_out)
     return lengths
@@ -685,6 +700,9 @@ def finish_axes(axes: Axes, length: int, quantity: str) -> None:
         share.spines["right"].set_visible(True)
 
 
+STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
+
+
 def draw_panels(study: Study, plot: Plot) -> Drawing:
     """One panel per quantity, side by side, with one legend."""
     panels = len(plot.quantities)
@@ -696,9 +714,8 @@ def draw_panels(study: Study, plot: Plot) -> Drawing:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
         if quantity == "dead_neurons" and "std_dead_neurons" not in plot.quantities:
-            dotted = {"linestyle": ":", "linewidth": 1.0}
-            draw_lines(axes, study, plot, "std_dead_neurons", label=None, **dotted)
-            legend["dead by std < 0.001"] = Line2D([], [], color=GREY, **dotted)
+            draw_lines(axes, study, plot, "std_dead_neurons", label=None, **STD_DEAD)
+            legend[STD_DEAD_LABEL] = Line2D([], [], color=GREY, **STD_DEAD)
             axes.set_ylabel(AXES[quantity])
     if all(len(names) == len(plot.activations) for names in lacking.values()):
         return None, [f"no run with a {' or '.join(AXES[quantity] for quantity in plot.quantities)}"]
@@ -855,6 +872,8 @@ def draw_dying(study: Study, plot: Plot) -> Drawing:
                 draw_group(top, grid, curves, color=colour, linestyle=dashes)
                 label = f"{name}, {count(curves)} run{'s' * (count(curves) > 1)}"
                 handles.append(Line2D([], [], color=colour, linestyle=dashes, label=label))
+            if curves := study.curves(plot.algorithm, activation, "std_dead_neurons"):
+                draw_group(top, grid, curves, color=colour, **STD_DEAD)
         if factors:
             draw_group(top, grid, factors, color=LIGHT, linestyle="-", zorder=1, linewidth=2.4)
         finish_axes(top, study.lengths[plot.algorithm], "dead_neurons")
@@ -887,6 +906,7 @@ def draw_dying(study: Study, plot: Plot) -> Drawing:
             top.set_ylabel("")
             bottom.set_ylabel("")
     handles += [
+        Line2D([], [], color=GREY, label=STD_DEAD_LABEL, **STD_DEAD),
         Line2D([], [], color=LIGHT, linewidth=2.4, label="the LaN's factors, mean"),
         Line2D([], [], color=BLACK, linewidth=1.0, label="predicted (Table 1)"),
         Line2D([], [], color=GREY, marker="o", linestyle="", markersize=3.5, label="$p$ of the LaN's factors"),
@@ -952,9 +972,9 @@ FIGURES = {
     "fig13_dqn_dying_probability": Plot(
         draw_dying,
         "What a LaN does to dying neurons in trained networks (kernel density). Top: dead neurons while DQN trains, "
-        "of a single layer, of a LaN and of its factors. Bottom: dead neurons of the LaN against those of its factors "
-        "(small dots: during training, large dots: after it) and of the same seed's single layer after training "
-        "(squares); line: what Table 1 predicts for independent neurons; dashed: no change.",
+        "of a single layer, of a LaN and of its factors (dotted: by standard deviation). Bottom: dead neurons of the "
+        "LaN against those of its factors (small dots: during training, large dots: after it) and of the same seed's "
+        "single layer after training (squares); line: Table 1, of independent neurons; dashed: no change.",
         activations=("tanh", "sigmoid", "relu", "tanh-lan", "sigmoid-lan", "relu-lan"),
     ),
     "fig14_dqn_relu_lan": Plot(
@@ -1322,9 +1342,9 @@ def prepare_out_dir(out_dir: Path) -> Path:
         BadInput: it cannot be written, or holds files of these names that this program did not make.
     """
     cache = out_dir / ".cache"
-    if (out_dir / "config.json").exists():
-        raise BadInput(f"--out-dir {out_dir} is a run's folder; name another one")
     try:
+        if (out_dir / "config.json").exists():
+            raise BadInput(f"--out-dir {out_dir} is a run's folder; name another one")
         strangers = [name for name in ("index.html", "results.csv", "results.md") if (out_dir / name).exists()]
         if strangers and not cache.is_dir():
             raise BadInput(
@@ -1344,18 +1364,30 @@ def _draw(name: str, out_dir: Path) -> tuple[bytes, str]:
     return draw(_study, name, out_dir)
 
 
+@contextlib.contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """A process per CPU core. An error or Ctrl-C ends it with the tasks that have begun, a few seconds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fork = multiprocessing.get_context("fork")  # no second import of everything
+    with ProcessPoolExecutor(cores, fork, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find the pool half shut down
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def main(args: Args) -> None:
     global _study
     items = chosen_items(args.only)
     runs_dir, out_dir = Path(args.runs_dir), Path(args.out_dir)
     runs, messages = find_runs(runs_dir, out_dir)
     cache = prepare_out_dir(out_dir)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fork = multiprocessing.get_context("fork")  # no second import of everything
 
     readable = [run for run in runs if run.algorithm]
     caches = [cache / f"{hashlib.sha1(str(run.folder.absolute()).encode()).hexdigest()}.npz" for run in readable]
-    with ProcessPoolExecutor(workers, fork) as pool:
+    with workers() as pool:
         folders = [run.folder for run in readable]
         for run, found in zip(readable, pool.map(read_run, folders, caches, chunksize=4), strict=True):
             run.points, run.agent_steps, run.problems = found
@@ -1376,7 +1408,7 @@ def main(args: Args) -> None:
     names = [name for name in items if name != "tables"]
     pictures = {}
     lacks = defaultdict(list)
-    with ProcessPoolExecutor(workers, fork) as pool:
+    with workers() as pool:
         without_curves = [dataclasses.replace(run, curves={}) for run in runs]
         tables = pool.submit(make_tables, without_curves) if "tables" in items else None
         jobs = {name: pool.submit(_draw, name, out_dir) for name in reversed(names)}  # the longest first
@@ -1427,7 +1459,8 @@ if __name__ == "__main__":
     except BrokenPipeError:  # --help | head
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:
-        leave(1, f"error: cannot use {error.filename}: {error.strerror}; mend that, then run this again")
+        what = error.filename or "where this prints to"
+        leave(1, f"error: cannot use {what}: {error.strerror}; mend that, then run this again")
     except (BrokenProcessPool, MemoryError):
         leave(1, "error: a worker process died (out of memory?); free some memory, then run this again")
     except KeyboardInterrupt:

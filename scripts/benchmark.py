@@ -264,6 +264,11 @@ def main(args: Args) -> None:
         checkpoint.require(0 < args.num_threads <= os.cpu_count(), args, "num_threads", f"lie in 1 to {os.cpu_count()}")
     except checkpoint.BadInput as error:
         checkpoint.leave(2, f"error: {error}")
+    file = ROOT / "results" / "benchmark.json"
+    try:
+        machines = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        checkpoint.leave(2, f"error: {file} is damaged; move it away, or take it from git again")
     names = QUICK if args.quick else tuple(CONTENDERS)
     rounds = 1 if args.quick else args.rounds
     found: dict[str, list[dict]] = {name: [] for name in names}
@@ -309,9 +314,8 @@ def main(args: Args) -> None:
             "contenders": table,
             "breakdown": parts,
         }
-        file = ROOT / "results" / "benchmark.json"
-        machines = (json.loads(file.read_text()) if file.exists() else {}) | {this_machine(): content}
-        file.write_text(json.dumps(machines, indent=2) + "\n")
+        text = json.dumps(machines | {this_machine(): content}, indent=2) + "\n"
+        checkpoint.replace(file, lambda opened: opened.write(text.encode()))
 
 
 if __name__ == "__main__":

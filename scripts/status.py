@@ -264,11 +264,18 @@ def print_table(jobs: list[Job]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] != ["--plan"]:
-        print_table(read_jobs(*arguments))
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(__doc__, end="")
         return
-    jobs = read_jobs(arguments[1])
-    only = [int(number) for number in arguments[2:]]
+    plan = arguments[:1] == ["--plan"]
+    names, only = arguments[plan : plan + 1], arguments[plan + 1 :]
+    if not names or (only and not plan) or not all(map(str.isdecimal, only)):
+        fail("expected jobs.txt, or --plan jobs.txt and maybe numbers of its lines; see --help")
+    jobs = read_jobs(*names)
+    if not plan:
+        print_table(jobs)
+        return
+    only = [int(number) for number in only]
     for job in jobs:
         if not only or job.line in only:
             print(job.line, status_of(job).state, job.log, job.command, sep="\t")

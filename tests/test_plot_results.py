@@ -4,8 +4,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -318,6 +320,22 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
     assert "| DQN | ReLU | 3 | 1 | 1 |" in table
 
 
+@pytest.mark.parametrize("allow_unfinished", [False, True])
+def test_a_try_of_another_length_does_not_replace_the_studys_run(tmp_path, runs_dir, allow_unfinished):
+    """Would catch: the longer of two experiments chosen, and then left out for its length, or a finished quick try."""
+    for activation in ("relu", "tanh", "tanh-lan"):
+        make_run(runs_dir, "dqn", "Pong", activation, 1, finished=not allow_unfinished, stop=0.8)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1, agent_steps=200_000, exp_name="longer")
+    make_run(runs_dir, "dqn", "Pong", "tanh-lan", 1, agent_steps=2_000, games=6, exp_name="quickstart")
+    draw(runs_dir, tmp_path / "out", "tables", allow_unfinished=allow_unfinished)
+    found = rows(tmp_path / "out")
+    drawn = {name.split("__", 1)[1] for name, row in found.items() if row["drawn"] == "True"}
+    assert drawn == {"dqn_atari_lan__relu__1", "dqn_atari_lan__tanh__1", "dqn_atari_lan__tanh-lan__1"}
+    for name in ("longer__tanh", "quickstart__tanh-lan"):
+        note = found[f"PongNoFrameskip-v4__{name}__1"]["note"]
+        assert note == f"same seed as PongNoFrameskip-v4__dqn_atari_lan__{name.split('__')[1]}__1"
+
+
 def test_many_unfinished_runs_do_not_flood_the_terminal(tmp_path, runs_dir, capsys):
     for seed in range(40):
         make_run(runs_dir, "dqn", "Pong", "relu", seed, games=3, measurements=2, finished=False)
@@ -388,6 +406,26 @@ def test_cache_is_used_refreshed_and_rebuilt(tmp_path, runs_dir, capsys, monkeyp
 
 
 # ------------------------------------------------------------------------------------------------ figures
+
+
+def test_dead_by_standard_deviation_stands_beside_dead_by_density(study, tmp_path):
+    """Would catch: a figure of dead neurons that shows one count only."""
+    runs, _ = plot_results.find_runs(study, tmp_path)
+    for run in runs:
+        run.points, run.agent_steps, run.problems = plot_results.read_run(run.folder, tmp_path / "cache")
+    lengths = plot_results.select_runs(runs, allow_unfinished=False)
+    plot_results.fill_curves(runs, lengths)
+    figure, _ = plot_results.draw_dying(
+        plot_results.Study(runs, lengths), plot_results.FIGURES["fig13_dqn_dying_probability"]
+    )
+    tops = [axes for axes in figure.axes if "without and with" in axes.get_title()]
+    for axes, base in zip(tops, plot_results.LAN_LAWS, strict=True):
+        dotted = [line.get_ydata()[-1] for line in axes.get_lines() if line.get_linewidth() == 1.0]
+        true = [
+            np.mean([true_measurement("std_dead_neurons", f"{base}{lan}", seed, 1) for seed in (1, 2)])
+            for lan in ("", "-lan")
+        ]
+        assert dotted == pytest.approx(true, abs=1e-6)
 
 
 def test_every_figure_is_drawn(drawn):
@@ -466,6 +504,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
         (["--runs-dir", runs_dir, "--out-dir", tmp_path / "site"], "did not make"),
         (["--runs-dir", runs_dir, "--out-dir", tmp_path / "file"], "name a folder that can be written"),
         (["--runs-dir", runs_dir, "--out-dir", next(runs_dir.iterdir())], "is a run's folder"),
+        (["--runs-dir", runs_dir, "--out-dir", "x" * 300], "name a folder that can be written"),
     ):
         done = run_script("plot_results.py", "--out-dir", out, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
@@ -474,6 +513,30 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
         assert expected in done.stderr
     assert not out.exists()
     assert (tmp_path / "site" / "index.html").read_text() == "mine"
+
+
+def test_ctrl_c_while_drawing_is_one_line(tmp_path, study):
+    """Would catch: tracebacks of the worker processes, which a terminal interrupts too, or waiting for all figures."""
+    command = [sys.executable, ROOT / "plot_results.py", "--runs-dir", study, "--out-dir", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out").glob("fig*.pdf")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted; every file is whole, run this again\n")
+    assert len(list((tmp_path / "out").glob("fig*.png"))) < len(plot_results.FIGURES)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_full_disk_is_named(tmp_path, runs_dir):
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    command = [sys.executable, ROOT / "plot_results.py", "--runs-dir", runs_dir, "--out-dir", tmp_path / "out"]
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 8; exec "$@"', "-", *map(str, command)]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: cannot use {tmp_path}/out/")
+    assert "Traceback" not in done.stderr
 
 
 def test_only_draws_what_was_asked_for(tmp_path, study):

@@ -292,6 +292,17 @@ def test_other_bad_input(project):
         assert done.stderr.count("\n") == 1
 
 
+def test_status_says_how_it_is_called(project):
+    for arguments in ([], ["--plan"], ["a", "b"], ["--plan", "a", "1x"]):
+        done = subprocess.run(
+            [sys.executable, "scripts/status.py", *arguments], cwd=project, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (
+            done.stderr == "error: expected jobs.txt, or --plan jobs.txt and maybe numbers of its lines; see --help\n"
+        )
+
+
 def test_dry_run_does_nothing(project):
     """Blank lines, comments, Windows line ends and repetitions are no jobs; tasks have the list's line numbers."""
     file = job_list(project, "# all", "", "python standin.py --seed 1\r", "python standin.py --seed 1 # again",
