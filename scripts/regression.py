@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,7 +212,7 @@ def emphasise_lowest(texts: dict[str, str], values: dict[str, float]) -> list[st
 def report(results: dict) -> str:
     """Every mean and interval of the grid, what they say about the paper's claims, and the ranks, as markdown."""
     error_rows, median_rows, dense_rows, claim_rows, rank_rows = [], [], [], [], []
-    counts = {claim: dict.fromkeys(("yes", "no", "open"), 0) for claim in CLAIMS}
+    counts: dict[str, Counter] = defaultdict(Counter)
     for half_range, optimizer, length in itertools.product(HALF_RANGES, OPTIMIZERS, LENGTHS):
         setting = [f"[-{half_range}, {half_range}]", optimizer, str(length)]
         snapshots = {name: results[name, half_range, optimizer][1][length] for name in NETWORKS}
@@ -223,10 +224,12 @@ def report(results: dict) -> str:
             medians = {name: median_over_seeds(getattr(snapshot, part)) for name, snapshot in snapshots.items()}
             rows.append(setting + emphasise_lowest({name: f"{m:.3g}" for name, m in medians.items()}, medians))
 
-        verdicts = [verdict(intervals[better], intervals[worse]) for better, worse in CLAIMS]
-        for claim, said in zip(CLAIMS, verdicts, strict=True):
+        verdicts = {f"{better} < {worse}": verdict(intervals[better], intervals[worse]) for better, worse in CLAIMS}
+        relu_rank, tanh_rank = (mean_and_interval(snapshots[name].ranks[:, 0]) for name in ("ReLU", "tanh"))
+        verdicts["rank of ReLU < rank of tanh"] = verdict(relu_rank, tanh_rank)
+        for claim, said in verdicts.items():
             counts[claim][said] += 1
-        claim_rows.append(setting + verdicts)
+        claim_rows.append(setting + list(verdicts.values()))
         ranks = [snapshot.ranks.mean(axis=0) for snapshot in snapshots.values()]
         rank_rows.append(setting + [", ".join(f"{rank:.1f}" for rank in layers) for layers in ranks])
     total = [f"{n['yes']} yes, {n['no']} no, {n['open']} open" for n in counts.values()]
@@ -247,10 +250,10 @@ def report(results: dict) -> str:
             f"## The same on {DENSE_POINTS} points, most of them between the training points\n",
             "Where it is far above the former, the network fits the points and not the function.\n",
             table(grid + names, dense_rows),
-            "## Is the first one's mean error lower, as the paper says?\n",
+            "## Is the first one's mean error lower, as the paper says, and tanh's effective rank higher?\n",
             "yes or no: the intervals are apart. open: they overlap, or a seed diverged.\n",
             table(
-                grid + [f"{better} < {worse}" for better, worse in CLAIMS],
+                grid + list(counts),
                 claim_rows + [["**all**", "", ""] + total],
             ),
             "## Effective rank of each hidden layer\n",

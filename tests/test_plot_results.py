@@ -528,6 +528,12 @@ def test_ctrl_c_while_drawing_is_one_line(tmp_path, study):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_workers_leave_ctrl_c_to_the_program():
+    """Would catch: a worker's own traceback, at the moments when none of the program's code runs in it."""
+    with plot_results.workers() as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+
 def test_a_full_disk_is_named(tmp_path, runs_dir):
     make_run(runs_dir, "dqn", "Pong", "relu", 1)
     command = [sys.executable, ROOT / "plot_results.py", "--runs-dir", runs_dir, "--out-dir", tmp_path / "out"]
