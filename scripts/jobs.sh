@@ -21,6 +21,7 @@ fail() {
 check() {
     local item
     [[ -n $2 && $2 != *, ]] || fail "$1 is an empty list or ends in a comma; it takes some of $3"
+    [[ $2 != *[[:space:]]* ]] || fail "$1 '$2' has a space; it takes some of $3, with commas between"
     for item in ${2//,/ }; do
         [[ ,$3, == *",$item,"* ]] || fail "$1 $item: there is no such one; it takes some of $3"
     done

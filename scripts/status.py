@@ -12,6 +12,7 @@ import ast
 import fcntl
 import functools
 import itertools
+import mmap
 import os
 import re
 import shlex
@@ -89,7 +90,9 @@ def parse_job(number: int, text: str) -> Job | None:
         fail(f"line {number}: there is no {script} in the project's folder")
     try:
         values = {name: script_defaults(script)[name] for name in NAMING_FLAGS}
-    except (SyntaxError, KeyError) as error:
+    except (SyntaxError, UnicodeDecodeError):
+        fail(f"line {number}: {script} is not Python")
+    except KeyError as error:
         fail(f"line {number}: {script} is not a training script of this project: it has no {error} among its flags")
     for word, following in itertools.pairwise([*flags, ""]):
         name, has_value, value = word.partition("=")
@@ -167,18 +170,25 @@ def slurm_states() -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in listed.stdout.splitlines() if " " in line)
 
 
+def read_log(log: Path) -> str:
+    """The line of the last start, however far back, and the log's end."""
+    if not log.is_file() or not log.stat().st_size:
+        return ""
+    with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        tail = max(0, len(content) - LOG_TAIL)
+        start = content.rfind(b"=== ", 0, max(0, content.rfind(b" start in process ")))
+        head = content[start : content.find(b"\n", start) + 1] if 0 <= start < tail else b""
+        return (head + content[tail:]).decode(errors="replace")
+
+
 def status_of(job: Job) -> Status:
     """From `model.pt`, the lock, the log and the newest checkpoint's name."""
-    text = ""
-    if job.log.is_file():
-        with open(job.log, "rb") as file:
-            file.seek(max(0, job.log.stat().st_size - LOG_TAIL))
-            text = file.read().decode(errors="replace")
+    text = read_log(job.log)
     lines = [line for part in text.split("\n") if (line := part.rsplit("\r", 1)[-1].rstrip())]
     start = max((i for i, line in enumerate(lines) if START.match(line)), default=-1)
     pid, host, slurm_id = START.match(lines[start]).groups() if start >= 0 else ("", "", "")
     this_time = lines[start + 1 :]
-    ended = EXIT.match(this_time[-1]) if this_time else None
+    ended = next((match for line in reversed(this_time) if (match := EXIT.match(line))), None)
     last_lines = [line for line in this_time if not EXIT.match(line)][-5:]
 
     points = [PROGRESS.search(line) for line in lines]
@@ -196,7 +206,7 @@ def status_of(job: Job) -> Status:
     if is_locked(job.folder) or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING")):
         shown = [PROGRESS.search(line) for line in this_time]
         return Status("running", max([step, *(int(point[1]) for point in shown if point)]), speed, last_lines)
-    if slurm_state == "PENDING" or (start < 0 and step == 0):
+    if slurm_state == "PENDING" or (not text and step == 0):
         return Status("waiting", step, speed, last_lines)
     if ended and int(ended[1]) not in STOPPED:
         return Status("failed", step, speed, [*last_lines, f"exit code {ended[1]}"])
@@ -283,4 +293,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    main()
+    try:
+        main()
+    except OSError as error:
+        fail(f"cannot read {error.filename}: {error.strerror}")

@@ -19,10 +19,14 @@ fail() {
     exit 2
 }
 
+# The next line written to a log is one of its own.
+end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
+
 # run SLOT LOG COMMAND: one job of the list; its exit code. Slot 0: device and threads are set already, by Slurm.
 run() {
-    local slot=$1 log=$2 name training stopped= code start=$SECONDS
+    local slot=$1 log=$2 name slurm= training= stopped= warned= code start=$SECONDS
     name=$(basename "$log" .log)
+    ((slot > 0)) || slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
     if ((slot > 0)); then
         local gpus=($SWEEP_GPUS)
         ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[(slot - 1) % ${#gpus[@]}]}
@@ -31,16 +35,18 @@ run() {
     # GNU parallel and Slurm end a job by SIGTERM to the training as well: wait for it, a second one would make it
     # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only.
     trap 'stopped=1' TERM
-    trap 'kill -TERM "$training"' USR1
-    echo "=== $(date -Is) start in process $$ on $HOSTNAME" \
-        "${SLURM_JOB_ID:+as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID }with" \
+    trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' USR1
+    end_line "$log"
+    echo "=== $(date -Is) start in process $$ on $HOSTNAME ${slurm}with" \
         "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $3" >> "$log" || return 2
-    [[ -z $stopped ]] || return 143
+    [[ -z $stopped$warned ]] || return 143
     eval "exec $3" < /dev/null >> "$log" 2>&1 &
     training=$!
+    [[ -z $warned ]] || kill -TERM "$training" # the warning came in between
     while kill -0 "$training" 2> /dev/null; do wait "$training" 2> /dev/null; done
     wait "$training" 2> /dev/null
     code=$?
+    end_line "$log"
     echo "=== $(date -Is) exit $code" >> "$log"
     case $code in
         0) echo "$(date +%T) finished in $((SECONDS - start)) s: $name" ;;
@@ -52,6 +58,7 @@ run() {
 
 { # read to its end before it runs: a sweep of weeks survives that this file changes
 
+unset CDPATH
 caller=$PWD
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project" || exit 2
@@ -83,7 +90,8 @@ while (($#)); do
     esac
     shift
 done
-command -v python > /dev/null || fail "there is no python on the PATH; bash scripts/quickstart.sh makes .venv"
+python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
+    fail "there is no python on the PATH, or one older than 3.11; bash scripts/quickstart.sh makes .venv"
 [[ -n $jobs_file || ! -t 0 ]] || fail "name a job list: bash scripts/jobs.sh > jobs.txt; bash scripts/sweep.sh jobs.txt"
 case ${jobs_file:=-} in
     - | /*) ;;
@@ -154,7 +162,9 @@ if [[ -z $todo ]]; then
 fi
 parallel --version 2> /dev/null | grep -q GNU || fail "GNU parallel is missing: apt install parallel," \
     "conda install -c conda-forge parallel, or brew install parallel"
-cut -f 3 <<< "$plan" | xargs -d '\n' dirname -z | sort -zu | xargs -0 mkdir -p || exit 2
+while read -r folder; do
+    mkdir -p "$folder" 2> /dev/null && [[ -w $folder ]] || fail "cannot write in $folder; name another --runs-dir"
+done < <(cut -f 3 <<< "$plan" | xargs -d '\n' dirname | sort -u)
 export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
 bar=()
 [[ ! -t 2 ]] || bar=(--bar)
@@ -182,7 +192,10 @@ while kill -0 "$parallel" 2> /dev/null; do wait "$parallel" 2> /dev/null; done
 
 # -- what came of it
 
-plan=$(cut -f 4 <<< "$plan" | python scripts/status.py --plan -)
+plan=$(cut -f 4 <<< "$plan" | python scripts/status.py --plan -) || {
+    echo "error: cannot tell what came of the runs; mend that, then see --status" >&2
+    exit 1
+}
 unfinished=$(awk -F '\t' '$2 != "finished" && $2 != "running"' <<< "$plan")
 elsewhere=$(awk -F '\t' '$2 == "running"' <<< "$plan")
 [[ -z $elsewhere ]] || echo "$(count "$elsewhere") runs are being trained by other processes: see --status"

@@ -1,14 +1,17 @@
 # Sourced by the other scripts: goes to the project's folder and makes .venv as requirements.txt says.
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: $python is missing or older than Python 3.11; name another one: PYTHON=python3.12 bash $0" >&2
-    exit 2
-fi
-if ! cmp -s requirements.txt .venv/requirements.installed; then
+clear=
+.venv/bin/python -c '' 2> /dev/null || clear=--clear # none, or one whose Python has gone
+if [[ -n $clear ]] || ! cmp -s requirements.txt .venv/requirements.installed; then
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        echo "error: $python is missing or older than Python 3.11; name another one: PYTHON=python3.12 bash $0" >&2
+        exit 2
+    fi
     echo "installing requirements.txt into .venv ..."
-    if ! "$python" -m venv .venv; then
+    if ! "$python" -m venv $clear .venv; then
         echo "error: $python cannot make .venv (on Debian: apt install python3-venv)" >&2
         exit 1
     fi

@@ -518,7 +518,13 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
 def test_ctrl_c_while_drawing_is_one_line(tmp_path, study):
     """Would catch: tracebacks of the worker processes, which a terminal interrupts too, or waiting for all figures."""
     command = [sys.executable, ROOT / "plot_results.py", "--runs-dir", study, "--out-dir", tmp_path / "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `&` around the tests would have ignored it
+    )
     while not list((tmp_path / "out").glob("fig*.pdf")) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

@@ -145,12 +145,12 @@ def notes(project, kind):
     return [line.split()[1:] for line in lines if line.split()[0] == kind]
 
 
-def wait_until(condition, process=None):
+def wait_until(condition, process=None, every=0.02):
     deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline, condition
         assert process is None or process.poll() is None
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def files(folder):
@@ -354,6 +354,23 @@ def test_status_of_every_state(project):
     assert lines[6] == "6 runs: 1 finished, 1 running, 1 failed, 2 stopped, 1 waiting; about 18 s left"
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "error: no luck\n" * 20_000 + "=== 2026-01-01T00:00:09+00:00 exit 1\n",
+        "error: no luck\n=== 2026-01-01T00:00:09+00:00 exit 1\nand a child's last words\n",
+    ],
+)
+def test_a_failed_runs_status_whatever_its_log_holds(project, log):
+    """Would catch: a failed run shown as waiting or stopped, because of where its last lines are."""
+    file = project / "runs" / ".sweep" / "Game__standin__fine__1.log"
+    file.parent.mkdir(parents=True)
+    start = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
+    file.write_text(start + log)
+    done = sweep(project, "--status", job_list(project, "python standin.py"))
+    assert done.stdout.startswith("failed "), done.stdout
+
+
 # ------------------------------------------------------------------------------------------------ sweep.sh
 
 
@@ -374,6 +391,85 @@ def most_at_once(project, gpu=None):
     ended = {run: float(at) for run, at in notes(project, "end") if run in began}
     times = sorted([(at, 1) for at in began.values()] + [(at, -1) for at in ended.values()])
     return max(sum(change for _, change in times[: i + 1]) for i in range(len(times)))
+
+
+@needs_parallel
+def test_a_sweep_inside_a_slurm_job_and_from_a_shell_with_cdpath(project):
+    """Would catch: every run failing on an unset variable of an array job, as in `salloc`; a `cd` to elsewhere."""
+    file = job_list(project, "python standin.py")
+    done = sweep(project, file, env=environment(SLURM_JOB_ID="5", CDPATH=f".:{project}"), cwd=project)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "1 of 1 runs have finished, 0 failed"
+
+
+@needs_parallel
+def test_a_sweep_that_cannot_tell_what_came_of_its_runs_does_not_say_that_all_went_well(project):
+    """A script that is gone at the end, as after a checkout. Would catch: exit code 0 after failed runs."""
+    (project / "gone.py").write_text(
+        STANDIN.replace("import argparse", "__file__ and __import__('os').remove(__file__)\nimport argparse", 1)
+    )
+    done = sweep(project, job_list(project, "python gone.py --activation crash"))
+    assert done.returncode == 1
+    assert "there is no gone.py" in done.stderr
+    assert "cannot tell what came of the runs" in done.stderr
+    assert "0 failed" not in done.stdout
+
+
+def slurm_task(project, tmp_path, *lines, **variables):
+    """The task of an array's first line, without Slurm; `scontrol` notes what it is called with."""
+    (tmp_path / "bin").mkdir()
+    for program, content in (("scontrol", f"echo $* >> '{tmp_path}/scontrol'"), ("squeue", "true")):
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1"}
+    command = ["bash", "scripts/sweep.slurm", job_list(project, *lines)]
+    env = environment([tmp_path / "bin"], **slurm, **variables)
+    return subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def catches_usr1(process):
+    mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return int(mask, 16) >> (signal.SIGUSR1 - 1) & 1
+
+
+def has_child(process, word):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    try:
+        return any(word in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+    except OSError:  # it has ended already
+        return False
+
+
+@pytest.mark.parametrize("delay", [0, 0.1, 0.3, 0.5, "run", "run", "run"])
+def test_a_warning_at_any_moment_queues_the_task_again(project, tmp_path, delay):
+    """Would catch: a task that the time limit's signal ends for good, because its run was just about to start."""
+    process = slurm_task(project, tmp_path, "python standin.py --seconds 100")
+    wait_until(lambda: catches_usr1(process), process)
+    if delay == "run":
+        wait_until(lambda: has_child(process, b"--run"), process, every=0.001)
+    else:
+        time.sleep(delay)
+    process.send_signal(signal.SIGUSR1)
+    told, errors = process.communicate(timeout=60)
+    assert "task 7_1: out of time, queued again" in told, (told, errors)
+    assert (tmp_path / "scontrol").read_text() == "requeue 7_1\n"
+
+
+def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path):
+    """Would catch: three failures against the lock; a list whose last lines have no task, silently."""
+    folder = project / "runs" / "Game__standin__fine__1"
+    folder.mkdir(parents=True)
+    (project / "runs" / ".sweep").mkdir()
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", holder, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        process = slurm_task(project, tmp_path, "python standin.py", "python standin.py --seed 2")
+        told, _ = process.communicate(timeout=60)
+        other.stdin.close()
+    assert process.returncode == 0
+    assert "task 7_1: another process is training it: python standin.py\n" in told
+    assert "the list goes on behind line 1, where the array ends" in told
 
 
 @needs_parallel
