@@ -5,6 +5,12 @@
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 
+case ${1-} in
+    --help | -h)
+        sed -n '2,4s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
+esac
 flags=("$@")
 draw() { .venv/bin/python plot_results.py "${flags[@]}" --only "$1"; }
 
