@@ -381,8 +381,7 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
             same[run.game, run.activation, run.seed].append(run)
         for twins in same.values():
             # Two experiments of one seed are not two seeds; a quick try does not replace the study's run.
-            fits = {run.name: equally_long(run.planned_steps, planned) for run in twins}
-            best = max(twins, key=lambda run: (fits[run.name], run.finished, run.agent_steps))
+            best = max(twins, key=lambda run: (equally_long(run.planned_steps, planned), run.finished, run.agent_steps))
             for run in twins:
                 if run is not best:
                     run.left_out = f"same seed as {best.name}"

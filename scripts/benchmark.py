@@ -69,17 +69,17 @@ class Args:
 
 def measure(name: str, args: Args) -> dict[str, float]:
     """One contender, in a process of its own: agent steps per second and peak resident memory in GB."""
-    inner = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark as b; b.{{}}"
     algorithm, flags = CONTENDERS[name]
     call = f"train_sb3({algorithm!r}, {args.env_id!r}, {args.num_threads})"
     if flags is not None:
         call = f"train_ours({algorithm!r}, {flags!r}, {args.env_id!r}, {args.num_threads})"
-    done = subprocess.run([sys.executable, "-c", inner.format(call)], capture_output=True, text=True, cwd=ROOT)
-    return last_line(done, name)
+    return in_a_process(call, name)
 
 
-def last_line(done: subprocess.CompletedProcess, name: str) -> dict:
-    """What a contender reported; where it failed, this ends with its own last word."""
+def in_a_process(call: str, name: str) -> dict:
+    """What a call of this file's functions reports; where it fails, this ends with its own last word."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark as b; b.{call}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"error: {name} failed with exit code {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -298,10 +298,8 @@ def main(args: Args) -> None:
     parts = {}
     if args.breakdown and not args.quick:
         for name, (algorithm, flags) in BROKEN_DOWN.items():
-            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark as b; "
-            code += f"b.breakdown({algorithm!r}, {args.env_id!r}, {args.num_threads}, {flags!r})"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-            parts[name] = last_line(done, f"the breakdown of {name}")
+            call = f"breakdown({algorithm!r}, {args.env_id!r}, {args.num_threads}, {flags!r})"
+            parts[name] = in_a_process(call, f"the breakdown of {name}")
             print(f"\n{name}: {parts[name]['ms per agent step']} ms per agent step")
             for label, milliseconds in parts[name]["parts"].items():
                 print(f"  {label:<22}{milliseconds:>8.3f}")

@@ -26,8 +26,9 @@ end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
 run() {
     local slot=$1 log=$2 name slurm= training= stopped= warned= code start=$SECONDS
     name=$(basename "$log" .log)
-    ((slot > 0)) || slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
-    if ((slot > 0)); then
+    if ((slot == 0)); then
+        slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
+    else
         local gpus=($SWEEP_GPUS)
         ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[(slot - 1) % ${#gpus[@]}]}
         export OMP_NUM_THREADS=$SWEEP_THREADS

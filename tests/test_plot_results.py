@@ -43,6 +43,16 @@ def event_file(folder):
     return file
 
 
+def read_study(runs_dir, tmp_path, allow_unfinished):
+    """What the figures are drawn from, without drawing them."""
+    runs, _ = plot_results.find_runs(runs_dir, tmp_path)
+    for run in runs:
+        run.points, run.agent_steps, run.problems = plot_results.read_run(run.folder, tmp_path / "cache")
+    lengths = plot_results.select_runs(runs, allow_unfinished)
+    plot_results.fill_curves(runs, lengths)
+    return plot_results.Study(runs, lengths)
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """Two games, two seeds; scores without noise."""
@@ -349,12 +359,7 @@ def test_allow_unfinished_ends_a_curve_with_its_shortest_seed(runs_dir, tmp_path
     make_run(runs_dir, "dqn", "Pong", "relu", 1)
     make_run(runs_dir, "dqn", "Pong", "relu", 2, finished=False, stop=0.6)
     make_run(runs_dir, "dqn", "Pong", "tanh", 1)
-    runs, _ = plot_results.find_runs(runs_dir, tmp_path)
-    for run in runs:
-        run.points, run.agent_steps, run.problems = plot_results.read_run(run.folder, tmp_path / "cache")
-    lengths = plot_results.select_runs(runs, allow_unfinished=True)
-    plot_results.fill_curves(runs, lengths)
-    study = plot_results.Study(runs, lengths)
+    study = read_study(runs_dir, tmp_path, allow_unfinished=True)
     figure, lacking = plot_results.draw_panels(study, plot_results.FIGURES["fig01_dqn_relu_tanh"])
     relu, tanh = figure.axes[0].get_lines()
     assert relu.get_xdata()[np.isfinite(relu.get_ydata())].max() == pytest.approx(0.6 * STEPS)
@@ -410,14 +415,8 @@ def test_cache_is_used_refreshed_and_rebuilt(tmp_path, runs_dir, capsys, monkeyp
 
 def test_dead_by_standard_deviation_stands_beside_dead_by_density(study, tmp_path):
     """Would catch: a figure of dead neurons that shows one count only."""
-    runs, _ = plot_results.find_runs(study, tmp_path)
-    for run in runs:
-        run.points, run.agent_steps, run.problems = plot_results.read_run(run.folder, tmp_path / "cache")
-    lengths = plot_results.select_runs(runs, allow_unfinished=False)
-    plot_results.fill_curves(runs, lengths)
-    figure, _ = plot_results.draw_dying(
-        plot_results.Study(runs, lengths), plot_results.FIGURES["fig13_dqn_dying_probability"]
-    )
+    read = read_study(study, tmp_path, allow_unfinished=False)
+    figure, _ = plot_results.draw_dying(read, plot_results.FIGURES["fig13_dqn_dying_probability"])
     tops = [axes for axes in figure.axes if "without and with" in axes.get_title()]
     for axes, base in zip(tops, plot_results.LAN_LAWS, strict=True):
         dotted = [line.get_ydata()[-1] for line in axes.get_lines() if line.get_linewidth() == 1.0]

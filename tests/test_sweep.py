@@ -153,6 +153,17 @@ def wait_until(condition, process=None, every=0.02):
         time.sleep(every)
 
 
+@contextlib.contextmanager
+def locked_by_another_process(folder):
+    """The run folder as a training holds it."""
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", holder, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -339,13 +350,9 @@ def test_status_of_every_state(project):
     (runs / "Game__standin__fine__1" / "model.pt").write_text("weights")
     (runs / "Game__standin__fine__4" / "checkpoints" / "0000000050.ckpt").touch()
     file = job_list(project, *(f"python standin.py --seed {seed}" for seed in range(1, 7)))
-    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    command = [sys.executable, "-c", holder, str(runs / "Game__standin__fine__2" / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+    with locked_by_another_process(runs / "Game__standin__fine__2"):
         lines = sweep(project, "--status", file).stdout.splitlines()
         assert "1 running already, 4 to run" in sweep(project, "--dry-run", file).stdout
-        process.stdin.close()
     # own speed 10: 60 steps, 6 s; of the others at 20: 50, 100 and 100 steps, 12.5 s
     assert [line.split()[0] for line in lines[:6]] == ["finished", "running", "failed", "stopped", "stopped", "waiting"]
     assert re.search(r"40 of 100 steps, 10 per second$", lines[1])
@@ -460,13 +467,10 @@ def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path
     folder = project / "runs" / "Game__standin__fine__1"
     folder.mkdir(parents=True)
     (project / "runs" / ".sweep").mkdir()
-    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    command = [sys.executable, "-c", holder, str(folder / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with locked_by_another_process(folder):
         process = slurm_task(project, tmp_path, "python standin.py", "python standin.py --seed 2")
-        told, _ = process.communicate(timeout=60)
-        other.stdin.close()
+        told, errors = process.communicate(timeout=60)
+    assert errors == ""
     assert process.returncode == 0
     assert "task 7_1: another process is training it: python standin.py\n" in told
     assert "the list goes on behind line 1, where the array ends" in told
