@@ -327,6 +327,8 @@ def test_dry_run_does_nothing(project):
     assert piped.stdout == done.stdout
     slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
     assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
+    slurm = bash("scripts/sweep.slurm", "--dry-run", "-", cwd=project, stdin=file.read_text())
+    assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
     status = sweep(project, "--status", file)
     assert status.stdout.splitlines()[-1].startswith("2 runs: 0 finished, 0 running, 0 failed, 0 stopped, 2 waiting")
     assert files(project) == before
