@@ -730,8 +730,10 @@ class Run:
         self._at_once = True
         self.leave_if_signalled()
 
-    def finish(self, activations: dict[str, np.ndarray], weights: dict[str, torch.Tensor]) -> None:
-        """Write `activations.npz`, then `model.pt`, then delete the checkpoints."""
+    def finish(
+        self, activations: dict[str, np.ndarray], weights: dict[str, torch.Tensor], step: int, speed: float
+    ) -> None:
+        """Write `activations.npz`, then `model.pt`, then `status.json`, then delete the checkpoints."""
         self._sync_events()
         self.writer.close()
         if activations:
@@ -741,6 +743,16 @@ class Run:
         replace(self.folder / "model.pt", lambda file: file.write(buffer.getbuffer()))
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # it has finished: nothing is left to stop
+        status = {
+            "state": "finished",
+            "step": step,
+            "total_timesteps": step,
+            "steps_per_second": round(speed, 1),
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "updated": time.time(),
+        }
+        replace(self.folder / "status.json", lambda file: file.write(json.dumps(status, indent=2).encode()))
         self.delete_checkpoints(keep=set())
 
     def delete_checkpoints(self, keep: set[Path]) -> None:

@@ -619,7 +619,8 @@ def main(args: Args) -> None:
         run.writer.add_scalar("eval/episodic_return", score, game)
         checkpoint.say(f"evaluation game {game}: {score:g}")
     env.close()
-    run.finish({name: part.cpu().numpy() for name, part in sample.items()}, q_network.state_dict())
+    measured = {name: part.cpu().numpy() for name, part in sample.items()}
+    run.finish(measured, q_network.state_dict(), total, progress.speed())
     run.print_summary(list(returns), representation)
 
 

@@ -115,6 +115,54 @@ def _peak_density(samples: Tensor, bandwidth: Tensor) -> Tensor:
     return peak.masked_fill(constant, torch.inf)
 
 
+def dead_neurons_scaled(
+    activations: Tensor,
+    threshold: float = 20.0,
+    noise_variance: float = 1e-5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Which neurons are dead once the layer's own scale is out of it, which `dead_neurons` depends on.
+
+    The activations are divided by the layer's typical standard deviation, the root mean square over neurons and
+    observations of z minus each neuron's mean; then as `dead_neurons`, jitter included. Beyond the paper.
+
+    Args: as `dead_neurons`.
+
+    Returns:
+        (w,) bool; all true where every neuron is constant.
+
+    Raises:
+        ValueError: as `dead_neurons`.
+    """
+    _check(activations)
+    scale = _centred(activations).square().mean().sqrt()
+    if scale == 0:
+        return torch.ones(activations.shape[1], dtype=torch.bool, device=activations.device)
+    return dead_neurons(activations / scale, threshold, noise_variance, generator)
+
+
+def effective_rank_centred(features: Tensor, delta: float = 0.01) -> int:
+    """`effective_rank` of z minus each neuron's mean: where z lies does not count. Beyond the paper.
+
+    Args: as `effective_rank`.
+
+    Returns:
+        0 (every neuron is constant) to min(n - 1, w).
+
+    Raises:
+        ValueError: as `effective_rank`.
+    """
+    _check(features)
+    return effective_rank(_centred(features), delta)
+
+
+def _centred(activations: Tensor) -> Tensor:
+    """(n, w) -> (n, w) float64, each neuron minus its mean; of a constant one nothing is left, not even rounding."""
+    constant = activations.amax(dim=0) == activations.amin(dim=0)
+    activations = activations.double()
+    return (activations - activations.mean(dim=0)).masked_fill(constant, 0)
+
+
 def effective_rank(features: Tensor, delta: float = 0.01) -> int:
     """Smallest k whose k largest singular values hold a share of 1 - delta of their sum (Kumar et al. 2021).
 
@@ -205,8 +253,9 @@ def representation_metrics(
         peaks: `kde_peak_density(activations)`, where the caller has it already.
 
     Returns:
-        dead_neurons, std_dead_neurons (standard deviation over the batch < 1e-3), dormant_neurons and
-        dead_neurons_<factor>: fractions of w in [0, 1]; effective_rank, entropy_rank; feature_norm (mean L2).
+        dead_neurons, dead_neurons_scaled, std_dead_neurons (standard deviation over the batch < 1e-3),
+        dormant_neurons and dead_neurons_<factor>: fractions of w in [0, 1]; effective_rank, effective_rank_centred,
+        entropy_rank; feature_norm (mean L2).
 
     Raises:
         ValueError: wrong shape, fewer than two observations, or values that are not finite.
@@ -224,6 +273,9 @@ def representation_metrics(
     }
     for name, factor in (factors or {}).items():
         metrics[f"dead_neurons_{name}"] = float(dead_neurons(factor, threshold, generator=generator).float().mean())
+    scaled = dead_neurons_scaled(activations, threshold, generator=generator)
+    metrics["dead_neurons_scaled"] = float(scaled.float().mean())
+    metrics["effective_rank_centred"] = float(effective_rank_centred(activations))
     return metrics
 
 

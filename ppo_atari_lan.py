@@ -645,7 +645,8 @@ def train(args: Args, device: torch.device, memory_needed: str, rng: np.random.G
     for game, score in enumerate(evaluate(network, args.env_id, args.seed, args.eval_episodes, device, video_folder)):
         run.writer.add_scalar("eval/episodic_return", score, game)
         checkpoint.say(f"evaluation game {game}: {score:g}")
-    run.finish({name: part.cpu().numpy() for name, part in sample.items()}, network.state_dict())
+    measured = {name: part.cpu().numpy() for name, part in sample.items()}
+    run.finish(measured, network.state_dict(), total, progress.speed())
     run.print_summary(list(returns), representation)
 
 

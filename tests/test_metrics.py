@@ -177,17 +177,56 @@ def test_representation_metrics_by_hand():
     assert values["dead_neurons"] == values["std_dead_neurons"] == values["dead_neurons_z_star"] == 0.5
     assert values["dead_neurons_z_enc"] == 0.75
     assert values["dormant_neurons"] == 0.25
+    assert values["dead_neurons_scaled"] == 0.5
     assert values["effective_rank"] == 3
+    assert values["effective_rank_centred"] == 2  # without the constant 3
     assert 2 < values["entropy_rank"] < 3
     assert values["feature_norm"] == pytest.approx(np.linalg.norm(z.numpy(), axis=1).mean(), rel=1e-5)
     assert set(values) == {
         *("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm"),
-        *("dead_neurons_z_enc", "dead_neurons_z_star"),
+        *("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_scaled", "effective_rank_centred"),
     }
     assert metrics.representation_metrics(z, threshold=1e9, generator=generator)["dead_neurons"] == 0
 
 
-@pytest.mark.parametrize("function", [metrics.kde_peak_density, metrics.effective_rank, metrics.dormant_neurons])
+@given(st.floats(1e-4, 1e3), st.floats(-10, 10), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_scaled_count_and_the_centred_rank_know_neither_scale_nor_place(scale, place, seed):
+    """Would catch: jitter before the division, a scale per neuron (it would revive all), a mean left in the scale."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(500, 8))
+    z[:, :3] *= 0.002  # deviation 0.0025 of the layer's, far below 0.02
+    moved = torch.tensor(z * scale + place * scale)
+    assert metrics.dead_neurons_scaled(moved).tolist() == [True] * 3 + [False] * 5
+    values = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
+    expected = int(np.argmax(values.cumsum() / values.sum() >= 0.99)) + 1
+    assert metrics.effective_rank_centred(moved) == expected
+
+
+def test_scaled_and_centred_by_hand():
+    """Rows +-1 and +-3 around a mean of 5: scale sqrt(5). A constant layer has neither scale nor rank."""
+    z = torch.tensor([[6.0, 8.0], [4.0, 2.0]]).repeat(50, 1)
+    assert metrics.effective_rank_centred(z) == 1
+    assert metrics.effective_rank(z) == 2
+    divided = z / math.sqrt(5)
+    for threshold in (0.5, 1, 2, 3):
+        expected = metrics.dead_neurons(divided, threshold, noise_variance=0)
+        assert torch.equal(metrics.dead_neurons_scaled(z, threshold, noise_variance=0), expected)
+    constant = torch.tensor([[0.1, 7.0, -3.3]]).repeat(2048, 1)
+    assert metrics.dead_neurons_scaled(constant).all()
+    assert metrics.effective_rank_centred(constant) == 0  # the mean of 2048 times 0.1 is not quite 0.1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        metrics.kde_peak_density,
+        metrics.dead_neurons_scaled,
+        metrics.effective_rank,
+        metrics.effective_rank_centred,
+        metrics.dormant_neurons,
+    ],
+)
 def test_bad_activations_are_refused(function):
     for bad in (
         torch.zeros(5),
