@@ -1,13 +1,16 @@
 """What the neurons of a representation do: dead neurons and ranks of an activation matrix.
 
-Pure functions. Activations arrive as a float tensor (n, w): n observations, w neurons, on any device.
+Pure functions, and what logs them. Activations arrive as a float tensor (n, w): n observations, w neurons, on any
+device.
 "dead" always means: this neuron says (almost) the same whatever the observation.
 """
 
 import math
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 # Density at the centre of the standard normal kernel.
 K0 = 1 / math.sqrt(2 * math.pi)
@@ -36,7 +39,7 @@ def kde_peak_density(
         (w,) float32, in 1 / (unit of activation); inf for a constant neuron without jitter.
 
     Raises:
-        ValueError: wrong shape, fewer than two observations, or values that are not finite.
+        ValueError: wrong shape, fewer than two observations, or values that are not finite or whose range is not.
     """
     samples = _jittered(activations, noise_variance, generator)
     return _peak_density(samples, _bandwidth(samples))
@@ -77,7 +80,10 @@ def _jittered(activations: Tensor, noise_variance: float, generator: torch.Gener
     if noise_variance > 0:
         noise = torch.randn(samples.shape, generator=generator, device=samples.device)
         samples = torch.add(samples, noise, alpha=math.sqrt(noise_variance))
-    return samples.T.contiguous()
+    samples = samples.T.contiguous()
+    if not torch.isfinite(samples.amax(dim=1) - samples.amin(dim=1)).all():
+        raise ValueError("the activations' range overflows float32")
+    return samples
 
 
 def _bandwidth(samples: Tensor) -> Tensor:
@@ -277,6 +283,55 @@ def representation_metrics(
     metrics["dead_neurons_scaled"] = float(scaled.float().mean())
     metrics["effective_rank_centred"] = float(effective_rank_centred(activations))
     return metrics
+
+
+@torch.no_grad()
+def activations(network: nn.Module, observations: Tensor) -> dict[str, Tensor]:
+    """z, and with a LaN its factors too.
+
+    Args:
+        network: has a `trunk` and a `representation` with `factors`, as those of the training scripts.
+        observations: uint8 (n, 4, 84, 84), on any device.
+
+    Returns:
+        {"z": (n, width)}, and "z_enc", "z_star", "z_star2" where z is made of several, on the network's device.
+    """
+    device = next(network.parameters()).device
+    parts: dict[str, list[Tensor]] = {}
+    for chunk in observations.split(256):  # more at once would only need more memory
+        x = network.trunk(chunk.to(device) / 255)
+        factors = network.representation.factors(x)
+        for name, part in ({"z": network.representation(x)} | (factors if len(factors) > 1 else {})).items():
+            parts.setdefault(name, []).append(part)
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def log_representation(
+    writer: SummaryWriter | None, sample: dict[str, Tensor], threshold: float, seed: tuple[int, int], step: int
+) -> dict[str, float]:
+    """Log `representation_metrics` and a histogram of log10 of the peak densities.
+
+    Args:
+        writer: None to log nothing.
+        sample: what `activations` gives.
+        threshold: omega of `dead_neurons`.
+        seed: (run's seed, agent step): all that the jitter depends on.
+
+    Returns:
+        What `representation_metrics` gives.
+    """
+    z = sample["z"]
+    noise_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator(z.device).manual_seed(noise_seed)
+    peaks = kde_peak_density(z, generator=generator)
+    factors = {name: factor for name, factor in sample.items() if name != "z"}
+    values = representation_metrics(z, factors, threshold, generator, peaks)
+    if writer:
+        for name, value in values.items():
+            writer.add_scalar(f"representation/{name}", value, step)
+        log_peaks = peaks.log10().clamp(-2, 4).cpu()
+        writer.add_histogram("representation/kde_peak", log_peaks, step, bins=np.linspace(-2, 4, 61))
+    return values
 
 
 def _check(activations: Tensor) -> None:

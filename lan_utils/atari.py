@@ -1,0 +1,269 @@
+"""Atari games for both algorithms: whole-game scores, games that can be saved, vectors of them, playing, filming."""
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+import imageio_ffmpeg
+import numpy as np
+import torch
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
+
+from lan_utils.cli import RunFailed
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stderr
+
+
+# ---------------------------------------------------------------------------------------------- one game
+
+
+class WholeGames(gym.Wrapper):
+    """Outermost wrapper: tells when a whole game has ended, and can be saved and restored in mid-game.
+
+    `info["episode"]` of a step or of a reset holds the game that ended in it: `r`, the unclipped score, and `l`,
+    its length in agent steps. (A reset can end a game: after a lost life stable-baselines3 plays on in it.)
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.wrappers: list[gym.Env] = []
+        while isinstance(env, gym.Wrapper):
+            self.wrappers.append(env)
+            env = env.env
+        self.statistics = next(wrapper for wrapper in self.wrappers if isinstance(wrapper, RecordEpisodeStatistics))
+        self.games = self.agent_steps = 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return obs, self._with_game(info)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.agent_steps += 1
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, float(reward), bool(terminated), bool(truncated), self._with_game(info)
+
+    def _with_game(self, info: dict) -> dict:
+        info = {key: value for key, value in info.items() if key != "episode"}
+        if self.statistics.episode_count > self.games:
+            if self.agent_steps:  # none: the no-ops of a reset ran into the game's end
+                info["episode"] = {"r": float(self.statistics.return_queue[-1]), "l": self.agent_steps}
+            self.games, self.agent_steps = self.statistics.episode_count, 0
+        return info
+
+    def state_dict(self) -> dict[str, Any]:
+        """The game and the wrappers' own fields."""
+        atari = self.env.unwrapped
+        state = {
+            "ale": np.frombuffer(atari.ale.cloneState(include_rng=True).serialize(), np.uint8).copy(),
+            "generator": json.dumps(atari.np_random.bit_generator.state),
+            "games": self.games,
+            "agent_steps": self.agent_steps,
+        }
+        for wrapper in self.wrappers:
+            if isinstance(wrapper, RecordEpisodeStatistics):
+                state["score"] = float(wrapper.episode_returns)
+                state["frames"] = wrapper.episode_lengths
+            elif isinstance(wrapper, EpisodicLifeEnv):
+                state["lives"] = wrapper.lives
+                state["was_real_done"] = bool(wrapper.was_real_done)
+            elif isinstance(wrapper, MaxAndSkipEnv):
+                state["skip_buffer"] = wrapper._obs_buffer.copy()
+            elif isinstance(wrapper, FrameStackObservation):
+                state["stack"] = np.stack(wrapper.obs_queue)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue another environment's game exactly; this one has to have been reset."""
+        atari = self.env.unwrapped
+        atari.ale.restoreState(ale_py.ALEState(np.asarray(state["ale"]).tobytes()))
+        atari.np_random.bit_generator.state = json.loads(state["generator"])
+        self.games, self.agent_steps = state["games"], state["agent_steps"]
+        for wrapper in self.wrappers:
+            if isinstance(wrapper, RecordEpisodeStatistics):
+                wrapper.episode_returns, wrapper.episode_lengths = state["score"], state["frames"]
+                wrapper.episode_count = state["games"]
+            elif isinstance(wrapper, EpisodicLifeEnv):
+                wrapper.lives, wrapper.was_real_done = state["lives"], state["was_real_done"]
+            elif isinstance(wrapper, MaxAndSkipEnv):
+                wrapper._obs_buffer[:] = np.asarray(state["skip_buffer"])
+            elif isinstance(wrapper, FrameStackObservation):
+                wrapper.obs_queue.extend(np.array(state["stack"]))
+
+    # How a vector environment asks its games, each in a process of its own: by attribute.
+    snapshot = property(state_dict, load_state_dict)
+
+
+# --------------------------------------------------------------------------------------- many games at once
+
+
+class VectorGames(VectorWrapper):
+    """Games side by side, each behind `WholeGames`: they can be saved, and a dead worker ends the run in one line.
+
+    One that ends is reset in the same step; `final_obs` and `final_info` tell of its end.
+    """
+
+    def __init__(self, make_env: Callable[[str], gym.Env], env_id: str, num_envs: int, async_envs: bool):
+        if async_envs:
+            makers = [functools.partial(_make_worker_env, make_env, env_id, parent=os.getpid())] * num_envs
+            env = AsyncVectorEnv(makers, shared_memory=True, autoreset_mode=AutoresetMode.SAME_STEP)
+        else:
+            env = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+        super().__init__(env)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        with self._workers():
+            return self.env.reset(**kwargs)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        with self._workers():
+            return self.env.step(actions)
+
+    def state_dict(self) -> dict[str, Any]:
+        with self._workers():
+            return {"games": list(self.env.get_attr("snapshot"))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        games = [{key: _array(value) for key, value in game.items()} for game in state["games"]]
+        with self._workers():
+            self.env.set_attr("snapshot", games)
+
+    def close(self, **kwargs: Any) -> None:
+        with contextlib.suppress(RunFailed), self._workers():  # whoever closes needs no worker any more
+            super().close(**kwargs)
+
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            self.env.closed = self.closed = True  # closing would wait for the dead
+            raise RunFailed("a worker process died (out of memory?); the same command resumes the run") from None
+
+
+def _array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _make_worker_env(make_env: Callable[[str], gym.Env], env_id: str, parent: int) -> gym.Env:
+    """In a worker: Ctrl-C reaches the whole group of processes, and the parent decides when to stop."""
+    if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # What goes wrong in a game reaches the parent through a queue; this is where a dead pipe's traceback would go.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
+    return make_env(env_id)
+
+
+class AleGames(VectorWrapper):
+    """ale-py's vector environment in the shape of the others: clipped rewards, and whole games in `info["episode"]`.
+
+    Unlike them it presses no FIRE after a lost life, its stacks run on over one, and a reset fills them with zeros.
+    """
+
+    state_dict = None  # ale-py cannot save these games: such a run has no checkpoints
+
+    def __init__(self, env_id: str, num_envs: int, num_threads: int):
+        names = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
+        env = AtariVectorEnv(
+            names[env_id.removesuffix("NoFrameskip-v4").lower()],
+            num_envs,
+            num_threads=num_threads,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+            life_loss_info=True,
+            reward_clipping=False,
+        )
+        super().__init__(env)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        stacks, info = self.env.reset(**kwargs)
+        self.frame_numbers = info["episode_frame_number"]
+        self.scores, self.lengths = np.zeros((2, self.num_envs))
+        return stacks[..., None], info
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        stacks, rewards, terminations, truncations, info = self.env.step(actions)
+        self.scores, self.lengths = self.scores + rewards, self.lengths + 1
+        # A lost life terminates like a game over, but lets the game's frames count on.
+        over = truncations | (terminations & (info["episode_frame_number"] < self.frame_numbers))
+        self.frame_numbers = info["episode_frame_number"]
+        info |= {"episode": {"r": self.scores, "l": self.lengths}, "_episode": over}
+        if "final_obs" in info:
+            info["final_obs"] = info["final_obs"][..., None]
+        self.scores, self.lengths = np.where(over, 0, self.scores), np.where(over, 0, self.lengths)
+        return stacks[..., None], np.sign(rewards), terminations, truncations, info
+
+
+def ended_games(info: dict) -> dict[int, tuple[float, int]]:
+    """{environment: (unclipped score, agent steps)} of the games that ended in a step and in its resets.
+
+    Args:
+        info: of one environment, which counts as number 0, or of several side by side.
+    """
+    games = {}
+    for part in (info.get("final_info", {}), info):
+        if "episode" in part:
+            scores, lengths = np.atleast_1d(part["episode"]["r"]), np.atleast_1d(part["episode"]["l"])
+            for i in np.flatnonzero(part.get("_episode", True)):
+                games[int(i)] = (float(scores[i]), int(lengths[i]))
+    return games
+
+
+# ------------------------------------------------------------------------------------ playing and filming
+
+
+@torch.no_grad()
+def play_games(
+    env: gym.Env, act: Callable[[np.ndarray], int], seed: int, games: int, video_folder: Path | None = None
+) -> Iterator[float]:
+    """Play whole games and yield each one's unclipped score; closes `env`.
+
+    Args:
+        env: one game behind `WholeGames`, whose observations are stacks.
+        act: the action for an observation (4, 84, 84) uint8, oldest frame first.
+        seed: of the first game.
+        video_folder: where `game_<n>.mp4` is filmed; `env` has to render arrays for that.
+    """
+    stack, _ = env.reset(seed=seed)
+    for game in range(games):
+        info: dict = {}
+        with _film(video_folder and video_folder / f"game_{game}.mp4", env) as add_picture:
+            while "episode" not in info:
+                stack, _, terminated, truncated, info = env.step(act(stack[..., 0]))
+                add_picture()
+                if terminated or truncated:
+                    stack, reset_info = env.reset()
+                    info |= reset_info
+        yield info["episode"]["r"]
+    env.close()
+
+
+@contextlib.contextmanager
+def _film(file: Path | None, env: gym.Env) -> Iterator[Callable[[], None]]:
+    """Yield a function that adds what `env` shows to the mp4 `file`, one picture per agent step; None films nothing."""
+    if file is None:
+        yield lambda: None
+        return
+    height, width, _ = env.render().shape
+    # Absolute: ffmpeg takes what stands before a colon for a protocol.
+    writer = imageio_ffmpeg.write_frames(str(file.absolute()), (width, height), fps=15, macro_block_size=2)
+    writer.send(None)
+    try:
+        yield lambda: writer.send(np.ascontiguousarray(env.render()))
+    finally:
+        writer.close()

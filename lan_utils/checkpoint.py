@@ -1,0 +1,281 @@
+"""Checkpoints: files that are whole or not there, and what they hold.
+
+A checkpoint is `<step>.ckpt`; the newest two are kept. Big pieces that never change again, such as the replay memory's
+segments, are files of their own, `<name>.part`, which a checkpoint names with their SHA-256. Every file begins with
+the SHA-256 of the rest, is written under another name, synced, and renamed into place, so that a kill at any moment
+leaves the files before it whole. Loading executes nothing: `torch.load(weights_only=True)`.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lan_utils.cli import warn
+
+KEPT = 2  # checkpoints
+
+
+# ------------------------------------------------------------------------------------------ files on disk
+
+
+def replace(path: Path, write: Callable[[Any], Any]) -> None:
+    """Make or replace the file at `path` atomically: the old or the new content survives a crash, nothing between."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # a crash's, or a link that nobody wants to be written through
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_checked(path: Path, content: Any) -> str:
+    """Write `content` (tensors, arrays, plain values) to `path`, whole or not at all.
+
+    Returns:
+        The SHA-256 that `read_checked` compares, in hex.
+    """
+    buffer = io.BytesIO()
+    torch.save(_tensors(content), buffer)
+    digest = hashlib.sha256(buffer.getbuffer())
+    replace(path, lambda file: (file.write(digest.digest()), file.write(buffer.getbuffer())))
+    return digest.hexdigest()
+
+
+def checked_bytes(path: Path, digest: str | None = None) -> memoryview:
+    """The bytes that `write_checked` wrote after the SHA-256.
+
+    Raises:
+        ValueError: the file is truncated, corrupt, or not the one that `digest` is of.
+    """
+    content = memoryview(path.read_bytes() if path.is_file() else b"")
+    found = hashlib.sha256(content[32:])
+    if len(content) <= 32 or found.digest() != content[:32] or digest not in (None, found.hexdigest()):
+        raise ValueError(f"{path} is truncated or corrupt")
+    return content[32:]
+
+
+def read_checked(path: Path, digest: str | None = None) -> Any:
+    """What `write_checked` wrote, arrays as tensors.
+
+    Raises:
+        ValueError: as `checked_bytes`, or the file holds something else.
+    """
+    content = checked_bytes(path, digest)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is no checkpoint's file ({str(error).split(chr(10))[0][:80]})") from None
+
+
+def _tensors(content: Any) -> Any:
+    """Arrays as tensors, which is what `torch.load(weights_only=True)` reads."""
+    if isinstance(content, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(content))
+    if isinstance(content, dict):
+        return {key: _tensors(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple, deque)):
+        return [_tensors(value) for value in content]
+    return content
+
+
+def all_finite(content: Any) -> bool:
+    """No NaN and no infinity in any tensor of nested dicts and lists; waits once for each device."""
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in _floating_tensors(content):
+        flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(on_device).all()) for on_device in flags.values())
+
+
+def _floating_tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor) and content.is_floating_point():
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _floating_tensors(value)
+
+
+# --------------------------------------------------------------------------------- what is saved and restored
+
+
+@dataclass
+class Part:
+    """A big piece of a state: its content never changes under its name, so that it is written once."""
+
+    name: str
+    content: Callable[[], Any]
+
+
+class Variables(SimpleNamespace):
+    """What else changes from step to step: `play = Variables(step=0, stack=stack)`, then `play.step = 1`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Arrays and tensors keep what they were made as: an array, a device, a memory layout."""
+        if state.keys() != vars(self).keys():
+            raise ValueError(f"{sorted(state)} instead of {sorted(vars(self))}")
+        for name, value in state.items():
+            now = getattr(self, name)
+            if isinstance(now, torch.Tensor):
+                now.copy_(value)
+            else:
+                setattr(self, name, value.numpy() if isinstance(now, np.ndarray) else value)
+
+
+class Checkpoints:
+    """The checkpoints in one folder, and the parts that they name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.parts: dict[int, dict[str, str]] = {}  # {name: SHA-256} of each kept checkpoint's, by step
+
+    def __bool__(self) -> bool:
+        """Is there any, whole or not?"""
+        return any(self.folder.glob("*.ckpt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, then delete what no kept one needs.
+
+        Args:
+            step: agent steps so far.
+            state: tensors, arrays, plain values and `Part`s.
+
+        Raises:
+            OSError: the disk is full; the checkpoints before this one are whole.
+        """
+        if not self.folder.exists():
+            self.folder.mkdir()
+            sync_folder(self.folder.parent)
+        known = self.parts.get(max(self.parts, default=0), {})
+        parts: dict[str, str] = {}
+
+        def write_parts(content: Any) -> Any:
+            if isinstance(content, Part):
+                if content.name not in known:
+                    known[content.name] = write_checked(self._part(content.name), content.content())
+                parts[content.name] = known[content.name]
+                return {"part": content.name, "sha256": parts[content.name]}
+            if isinstance(content, dict):
+                return {key: write_parts(value) for key, value in content.items()}
+            return [write_parts(value) for value in content] if isinstance(content, list) else content
+
+        write_checked(self.folder / f"{step:010d}.ckpt", write_parts(state))
+        self.parts = dict(sorted((self.parts | {step: parts}).items())[-KEPT:])
+        keep = {self.folder / f"{kept:010d}.ckpt" for kept in self.parts}
+        self.delete(keep | {self._part(name) for parts in self.parts.values() for name in parts})
+
+    def load(self) -> Iterator[dict[str, Any]]:
+        """The states that were saved and are whole with all their parts, the newest first; arrays are tensors.
+
+        What is not is said on stderr.
+        """
+        whole: set[str] = set()
+
+        def find_parts(content: Any) -> Any:
+            if isinstance(content, dict) and content.keys() == {"part", "sha256"}:
+                path, digest = self._part(content["part"]), content["sha256"]
+                if digest not in whole:
+                    checked_bytes(path, digest)
+                    whole.add(digest)
+                parts[content["part"]] = digest
+                return Part(content["part"], lambda: read_checked(path, digest))
+            if isinstance(content, dict):
+                return {key: find_parts(value) for key, value in content.items()}
+            return [find_parts(value) for value in content] if isinstance(content, list) else content
+
+        for file in sorted(self.folder.glob("*.ckpt"), reverse=True):
+            parts: dict[str, str] = {}
+            try:
+                state = find_parts(read_checked(file))
+                if not isinstance(state, dict) or type(state.get("step")) is not int:
+                    raise ValueError(f"{file} is no checkpoint's file")
+            except (ValueError, TypeError, OSError) as error:
+                warn(f"{error}; trying the checkpoint before it")
+                continue
+            self.parts[state["step"]] = parts
+            yield state
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.part"
+
+    def delete(self, keep: set[Path]) -> None:
+        """Delete what runs write here, but for `keep`, and the folder where nothing else is in it."""
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            if re.fullmatch(r"\d{10}(-\d{10}\.part|\.ckpt)(\.tmp)?", file.name) and file not in keep:
+                file.unlink()
+        if not keep:
+            with contextlib.suppress(OSError):  # it holds a stranger's files, or is a link
+                self.folder.rmdir()
+
+
+def restore(things: dict[str, Any], state: dict[str, Any]) -> None:
+    """Give each thing its part of a checkpoint's state.
+
+    Raises:
+        ValueError: the state is not of these things.
+    """
+    if state.keys() != things.keys():
+        raise ValueError(f"it holds {', '.join(map(str, state))} instead of {', '.join(things)}")
+    for name, thing in things.items():
+        try:
+            thing.load_state_dict(state[name])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"its {name} does not fit ({str(error).split(chr(10))[0][:80]})") from None
+
+
+# ------------------------------------------------------------------------------------------- random states
+
+
+def random_states(rng: np.random.Generator, device: torch.device) -> dict[str, Any]:
+    """Every random state of this process; the environments' are in their own states."""
+    return {
+        "generator": json.dumps(rng.bit_generator.state),
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps(np.random.get_state(legacy=False), default=lambda array: array.tolist()),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_states(states: dict[str, Any], rng: np.random.Generator, device: torch.device) -> None:
+    rng.bit_generator.state = json.loads(states["generator"])
+    version, internal, gauss = json.loads(states["python"])
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = json.loads(states["numpy"])
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "cuda":
+        warn("the checkpoint was written on a CPU and holds no random state of CUDA: another run from here on")

@@ -1,0 +1,160 @@
+"""What is refused before anything is written: games, memory, folders, ranges."""
+
+import difflib
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+import imageio_ffmpeg
+import psutil
+
+from lan_utils.cli import BadInput
+from lan_utils.study import run_name
+
+gym.register_envs(ale_py)
+
+
+def refuse_unless(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
+
+
+def require(condition: bool, args: Any, name: str, expected: str) -> None:
+    """Refuse the flag `name`, saying its value and what was expected."""
+    refuse_unless(condition, f"--{name.replace('_', '-')} is {getattr(args, name)}; it must {expected}")
+
+
+def check_env_id(env_id: str) -> None:
+    """Accept `<Game>NoFrameskip-v4` and nothing else.
+
+    Raises:
+        BadInput: with the id that was probably meant.
+    """
+    games = {name.removesuffix("NoFrameskip-v4") for name in gym.registry if name.endswith("NoFrameskip-v4")}
+    if env_id.removesuffix("NoFrameskip-v4") in games and env_id.endswith("NoFrameskip-v4"):
+        return
+    wanted = "--env-id takes <Game>NoFrameskip-v4, e.g. BreakoutNoFrameskip-v4"
+    game = env_id.removeprefix("ALE/").rsplit("-v", 1)[0].removesuffix("NoFrameskip")
+    if game in games:
+        raise BadInput(f"{env_id} skips frames or repeats actions by itself; use --env-id {game}NoFrameskip-v4")
+    if env_id in gym.registry and not str(gym.registry[env_id].entry_point).startswith("ale_py"):
+        raise BadInput(f"{env_id} is not an Atari environment; {wanted}")
+    close = [f"{name}NoFrameskip-v4" for name in difflib.get_close_matches(game, games, n=3, cutoff=0.7)]
+    raise BadInput(f"there is no game {env_id!r}; " + (f"did you mean {' or '.join(close)}?" if close else wanted))
+
+
+def check_memory(needed: int, remedy: str) -> None:
+    """Refuse a run that needs more memory than this process may still use.
+
+    Args:
+        needed: bytes.
+        remedy: the part of the run that needs most, and the flag that sets it.
+
+    Raises:
+        BadInput
+    """
+    free = free_memory()
+    refuse_unless(
+        needed <= free, f"not enough memory: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; {remedy}"
+    )
+
+
+def free_memory() -> int:
+    """Bytes that this process may still use."""
+    free = psutil.virtual_memory().available
+    # A container's or a Slurm job's limit (cgroup v2) is lower than what the machine has.
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if os.path.exists("/proc/self/cgroup") else ():
+        group = Path("/sys/fs/cgroup") / line.rsplit(":", 1)[1].lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if limit.exists() and limit.read_text().strip().isdigit():
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
+                free = min(free, int(limit.read_text()) - used)
+    return free
+
+
+def check_runs_dir(runs_dir: str) -> None:
+    """Refuse a runs folder that cannot be made or written, without making it.
+
+    Raises:
+        BadInput
+    """
+    existing = Path(runs_dir).absolute()
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+    except OSError as error:
+        raise BadInput(f"--runs-dir {runs_dir}: {error.strerror}; name another folder") from None
+    refuse_unless(existing.is_dir(), f"--runs-dir {runs_dir}: {existing} is not a folder; name another one")
+    writable = os.access(existing, os.W_OK | os.X_OK) and not os.statvfs(existing).f_flag & os.ST_RDONLY
+    refuse_unless(writable, f"--runs-dir {runs_dir}: {existing} is not writable; name another folder")
+
+
+def check_common_flags(args: Any, width: int) -> None:
+    """What both algorithms refuse.
+
+    Args:
+        width: of the representation.
+
+    Raises:
+        BadInput
+    """
+    check_env_id(args.env_id)
+    for name, value in vars(args).items():
+        if isinstance(value, int):
+            require(value < 2**53, args, name, "be below 2**53")
+        if name in ("learning_rate", "adam_eps", "ent_coef", "vf_coef"):
+            require(math.isfinite(value), args, name, "be finite")
+        if name in ("runs_dir", "exp_name"):
+            require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
+    for name in ("total_timesteps", "learning_rate", "dead_threshold"):
+        require(getattr(args, name) > 0, args, name, "be positive")
+    for name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
+        require(getattr(args, name) >= 0, args, name, "not be negative")
+    require(0 <= args.gamma <= 1, args, "gamma", "lie in [0, 1]")
+    enough = f"be at least {width}, the width of {args.activation}'s representation, or a rank means nothing"
+    require(args.metrics_samples >= width, args, "metrics_samples", enough)
+    fits = "/" not in args.exp_name and len(os.fsencode(run_name(args))) <= 255
+    require(fits, args, "exp_name", "be part of a folder's name, which has at most 255 bytes and no slash")
+    cores = os.cpu_count() or 1
+    require(args.num_threads <= cores, args, "num_threads", f"not exceed the {cores} cores of this machine")
+    films_something = args.eval_episodes > 0 or not args.capture_video
+    refuse_unless(films_something, "--capture-video films the evaluation; add e.g. --eval-episodes 1")
+    if args.capture_video:
+        check_ffmpeg("--capture-video")
+    if args.track:
+        check_wandb()
+    check_runs_dir(args.runs_dir)
+
+
+def check_ffmpeg(flag: str) -> None:
+    """Refuse `flag` where films cannot be written.
+
+    Raises:
+        BadInput
+    """
+    try:
+        imageio_ffmpeg.get_ffmpeg_version()
+    except (OSError, RuntimeError, IndexError) as error:
+        raise BadInput(f"{flag} needs a working ffmpeg, {imageio_ffmpeg.get_ffmpeg_exe()}: {error}") from None
+
+
+def check_wandb() -> None:
+    """Refuse --track without Weights & Biases, or where it would ask for a key.
+
+    Raises:
+        BadInput
+    """
+    refuse_unless(
+        importlib.util.find_spec("wandb") is not None,
+        "--track needs Weights & Biases; install it: pip install wandb",
+    )
+    import wandb
+
+    can_log = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
+    refuse_unless(can_log, "--track: nobody is logged in to Weights & Biases; wandb login, or WANDB_MODE=offline")

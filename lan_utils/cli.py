@@ -1,0 +1,143 @@
+"""From words to Args, from errors to one line and an exit code, and what is printed while a run goes on."""
+
+import errno
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import tyro
+from tqdm import tqdm
+
+PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class BadInput(Exception):
+    """What was asked for cannot be: exit code 2, nothing written."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the run: exit code 128 + its number."""
+
+    def __init__(self, signum: int, saved: bool):
+        super().__init__(signum)
+        self.signum, self.saved = signum, saved
+
+
+def parse(args_class: type) -> Any:
+    """The command line as an instance of a dataclass of flags, whose docstring heads `--help`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this)
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < 40:
+        os.environ["COLUMNS"] = "40"  # tyro cannot draw its help in less than 8
+    try:
+        return tyro.cli(args_class, description=args_class.__doc__)
+    except BrokenPipeError:  # --help | head
+        os._exit(128 + signal.SIGPIPE)
+
+
+def launch(main: Callable[[Any], None], args_class: type) -> None:
+    """Parse the command line, run `main(args)`, and turn what a user can cause into one line and an exit code.
+
+    Args:
+        args_class: dataclass of flags.
+    """
+    args = parse(args_class)
+    threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
+    try:
+        main(args)
+    except BadInput as error:
+        leave(2, f"error: {error}")
+    except RunFailed as error:
+        leave(1, f"error: {error}")
+    except OSError as error:
+        disk_full = error.errno in DISK_FULL
+        what = f"cannot use {error.filename or 'the run folder'}: {error.strerror or error}"
+        remedy = "free some space, then" if disk_full else "mend that, then"
+        line = f"error: {what}. The last checkpoint, if there was one, is whole: {remedy} resume with {same_command()}"
+        leave(1, line, at_once=disk_full)
+    except Stopped as stop:
+        name = signal.Signals(stop.signum).name
+        remedy = "this resumes it" if stop.saved else "nothing was saved; this starts anew"
+        leave(128 + stop.signum, f"stopped by {name}; {remedy}: {same_command()}")
+    except KeyboardInterrupt:  # before the run has begun
+        leave(130, "interrupted before the training began")
+    except Exception as error:
+        first_line = str(error).split("\n", 1)[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            leave(1, f"error: out of memory: {first_line}; free some, then resume with {same_command()}")
+        if getattr(args, "compile", False) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            leave(1, f"error: --compile failed: {first_line}; start anew without it")
+        raise
+    finally:
+        for worker in multiprocessing.active_children():  # they ignore the SIGTERM that python would send
+            worker.kill()
+
+
+def leave(code: int, message: str, at_once: bool = False) -> NoReturn:
+    """Print one line on stderr and exit; `at_once` where TensorBoard's writer would wait for a full disk."""
+    print(message, file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(code)
+    sys.exit(code)
+
+
+def print_line(line: str) -> None:
+    """Print a line; training goes on when nobody reads any more."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def same_command() -> str:
+    """What resumes this run."""
+    return shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+
+
+class Progress:
+    """A bar on a terminal; elsewhere the same line every 30 seconds."""
+
+    def __init__(self, total: int, done: int):
+        self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None)
+        self.first, self.total, self.done = done, total, done
+        self.start = self.printed = time.monotonic()
+
+    def update(self, step: int, **values: str) -> None:
+        """Show `step` agent steps and, beside speed and time left, `values`."""
+        if not self.bar.disable:
+            self.bar.set_postfix(values, refresh=False)
+        self.bar.update(step - self.done)
+        self.done = step
+        if self.bar.disable and time.monotonic() - self.printed >= PRINT_SECONDS:
+            self.printed = time.monotonic()
+            postfix = ", ".join(f"{name}={value}" for name, value in values.items())
+            elapsed = self.printed - self.start
+            line = tqdm.format_meter(
+                step, self.total, elapsed, ncols=0, unit="step", initial=self.first, postfix=postfix
+            )
+            print_line(line)
+
+    def speed(self) -> float:
+        """Agent steps per second since this process began."""
+        return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,115 @@
+"""The facts of the study, said once: games, activations, the runs of each figure, how a run is named. No torch."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+ALGORITHMS = ("dqn", "ppo")  # <algorithm>_atari_lan.py is the script of each
+GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders", "VideoPinball")
+SEEDS = (1, 2, 3, 4, 5)
+
+# Random and human score by game: the table that papers after 2016 share (Wang et al. 2016, "Dueling Network
+# Architectures for Deep Reinforcement Learning"); that of Mnih et al. (2015) differs, e.g. in BeamRider.
+ATARI_SCORES = ROOT / "results" / "atari_scores.csv"
+
+
+class Style(NamedTuple):
+    """How an activation is shown, the same everywhere."""
+
+    label: str
+    color: str
+    dashes: Any  # matplotlib's linestyle
+    width: int = 512  # of the representation
+
+
+# Every --activation: Okabe and Ito's palette, then Tol's muted one.
+ACTIVATIONS = {
+    "relu": Style("ReLU", "#000000", "-"),
+    "tanh": Style("Tanh", "#0072B2", (0, (5, 1.5))),
+    "sigmoid": Style("Sigmoid", "#009E73", (0, (4, 1.2, 1, 1.2))),
+    "selu": Style("SELU", "#882255", (0, (3, 1))),
+    "tanh-lan": Style("Tanh (LaN)", "#D55E00", "-"),
+    "tanh-2xlan": Style("Tanh (2×LaN)", "#E69F00", (0, (5, 1.5))),  # noqa: RUF001
+    "tanh-addlan": Style("Tanh (+LaN)", "#999933", (0, (4, 1.2, 1, 1.2))),
+    "layernorm": Style("Tanh (LayerNorm)", "#CC79A7", (0, (1, 1))),
+    "wide-1024": Style("Tanh (1024)", "#56B4E9", (0, (6, 1.2, 1, 1.2, 1, 1.2)), width=1024),
+    "relu-lan": Style("ReLU (LaN)", "#7F7F7F", (0, (4, 1.2, 1, 1.2))),
+    "sigmoid-lan": Style("Sigmoid (LaN)", "#332288", (0, (1, 1))),
+}
+MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
+
+
+def style(activation: str) -> Style:
+    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name."""
+    if activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
+    # Dark enough to be read on white: each channel below 200.
+    red, green, blue = (byte % 200 for byte in zlib.crc32(activation.encode()).to_bytes(4, "big")[1:])
+    return Style(activation, f"#{red:02X}{green:02X}{blue:02X}", (0, (2, 1)))
+
+
+class Runs(NamedTuple):
+    """The runs that a figure is drawn of."""
+
+    algorithm: str
+    activations: tuple[str, ...] = MAIN
+    games: tuple[str, ...] = GAMES
+    seeds: tuple[int, ...] = SEEDS
+
+
+# By the paper's number. ReLU is always there where scores are normalised by it.
+FIGURES = {
+    "1": Runs("dqn", ("relu", "tanh")),
+    "4": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
+    "5a": Runs("dqn"),
+    "5b": Runs("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024")),
+    "6": Runs("dqn"),
+    "7": Runs("dqn", ("relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan")),
+    "8": Runs("ppo"),
+    "10": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),
+    "11": Runs("dqn", ("tanh", "tanh-lan", "sigmoid", "sigmoid-lan"), ("Breakout",), (1,)),
+    "13": Runs("dqn", ("relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan")),
+    "14": Runs("dqn", ("relu", "relu-lan")),
+    "15": Runs("dqn"),
+    "16": Runs("dqn"),
+    "17": Runs("ppo"),
+}
+
+
+@dataclass(kw_only=True)
+class RunName:
+    """The flags that name a run; `exp_name` is by default the script's name without .py."""
+
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game: <Game>NoFrameskip-v4"""
+    activation: Literal[*ACTIVATIONS] = "tanh-lan"
+    """activation of the last hidden layer; the convolutions keep ReLU"""
+    seed: int = 1
+    """seed of everything random"""
+    exp_name: str
+    """second part of the run folder's name"""
+    total_timesteps: int = 10_000_000
+    """agent steps, four frames each: 10 M in the paper (Sections 4.1, 4.2)"""
+    runs_dir: str = "runs"
+    """folder of the run folders"""
+
+
+def run_name(args: Any) -> str:
+    """The run folder's name: no time stamp, the same command names the same run.
+
+    Args:
+        args: has env_id, exp_name, activation and seed.
+    """
+    return f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
+
+
+# Flags that leave every weight and every logged point of the training as it is: they never block a resume.
+NEUTRAL_FLAGS = {
+    *("num_threads", "cuda", "checkpoint_frequency", "runs_dir", "overwrite", "async_envs"),
+    *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
+}
+# Flags that tell the runs of a study apart.
+NAMING_FLAGS = {"env_id", "exp_name", "activation", "seed"}
