@@ -101,7 +101,7 @@ class WholeGames(gym.Wrapper):
             elif isinstance(wrapper, MaxAndSkipEnv):
                 wrapper._obs_buffer[:] = np.asarray(state["skip_buffer"])
             elif isinstance(wrapper, FrameStackObservation):
-                wrapper.obs_queue.extend(np.array(state["stack"]))
+                wrapper.obs_queue.extend(np.asarray(state["stack"]).copy())
 
     # How a vector environment asks its games, each in a process of its own: by attribute.
     snapshot = property(state_dict, load_state_dict)

@@ -146,10 +146,12 @@ class Variables(SimpleNamespace):
             raise ValueError(f"{sorted(state)} instead of {sorted(vars(self))}")
         for name, value in state.items():
             now = getattr(self, name)
+            if isinstance(now, (torch.Tensor, np.ndarray)) and tuple(value.shape) != tuple(now.shape):
+                raise ValueError(f"{name} of shape {tuple(value.shape)} instead of {tuple(now.shape)}")
             if isinstance(now, torch.Tensor):
                 now.copy_(value)
             else:
-                setattr(self, name, value.numpy() if isinstance(now, np.ndarray) else value)
+                setattr(self, name, np.asarray(value) if isinstance(now, np.ndarray) else value)
 
 
 class Checkpoints:
@@ -176,7 +178,7 @@ class Checkpoints:
         if not self.folder.exists():
             self.folder.mkdir()
             sync_folder(self.folder.parent)
-        known = self.parts.get(max(self.parts, default=0), {})
+        known = dict(self.parts.get(max(self.parts, default=0), {}))
         parts: dict[str, str] = {}
 
         def write_parts(content: Any) -> Any:
@@ -231,7 +233,8 @@ class Checkpoints:
     def delete(self, keep: set[Path]) -> None:
         """Delete what runs write here, but for `keep`, and the folder where nothing else is in it."""
         for file in self.folder.iterdir() if self.folder.is_dir() else ():
-            if re.fullmatch(r"\d{10}(-\d{10}\.part|\.ckpt)(\.tmp)?", file.name) and file not in keep:
+            is_ours = re.fullmatch(r"\d{10}(-\d{10}\.part|\.ckpt)(\.tmp)?", file.name) and not file.is_dir()
+            if is_ours and file not in keep:
                 file.unlink()
         if not keep:
             with contextlib.suppress(OSError):  # it holds a stranger's files, or is a link

@@ -96,7 +96,7 @@ def check_runs_dir(runs_dir: str) -> None:
 
 
 def check_common_flags(args: Any, width: int) -> None:
-    """What both algorithms refuse.
+    """What every algorithm refuses.
 
     Args:
         width: of the representation.
@@ -110,13 +110,14 @@ def check_common_flags(args: Any, width: int) -> None:
             require(value < 2**53, args, name, "be below 2**53")
         if name in ("learning_rate", "adam_eps", "ent_coef", "vf_coef"):
             require(math.isfinite(value), args, name, "be finite")
+        if name in ("total_timesteps", "learning_rate", "dead_threshold"):
+            require(value > 0, args, name, "be positive")
+        if name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
+            require(value >= 0, args, name, "not be negative")
+        if name == "gamma":
+            require(0 <= value <= 1, args, name, "lie in [0, 1]")
         if name in ("runs_dir", "exp_name"):
             require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
-    for name in ("total_timesteps", "learning_rate", "dead_threshold"):
-        require(getattr(args, name) > 0, args, name, "be positive")
-    for name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
-        require(getattr(args, name) >= 0, args, name, "not be negative")
-    require(0 <= args.gamma <= 1, args, "gamma", "lie in [0, 1]")
     enough = f"be at least {width}, the width of {args.activation}'s representation, or a rank means nothing"
     require(args.metrics_samples >= width, args, "metrics_samples", enough)
     fits = "/" not in args.exp_name and len(os.fsencode(run_name(args))) <= 255
@@ -156,5 +157,8 @@ def check_wandb() -> None:
     )
     import wandb
 
-    can_log = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
+    try:
+        can_log = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
+    except Exception as error:  # an older release, a malformed key: whatever it is, it would end the run later
+        raise BadInput(f"--track: Weights & Biases says: {str(error).split(chr(10))[0]}") from None
     refuse_unless(can_log, "--track: nobody is logged in to Weights & Biases; wandb login, or WANDB_MODE=offline")

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ def parse(args_class: type) -> Any:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
-    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < 40:
+    if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"  # tyro cannot draw its help in less than 8
     try:
         return tyro.cli(args_class, description=args_class.__doc__)
@@ -77,7 +77,9 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         leave(130, "interrupted before the training began")
     except Exception as error:
         first_line = str(error).split("\n", 1)[0]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        # torch's own has this name; importing torch for it would cost the plots a second.
+        is_out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if is_out_of_memory or "can't allocate memory" in str(error):
             leave(1, f"error: out of memory: {first_line}; free some, then resume with {same_command()}")
         if getattr(args, "compile", False) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(1, f"error: --compile failed: {first_line}; start anew without it")

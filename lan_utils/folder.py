@@ -27,7 +27,7 @@ from lan_utils.study import NEUTRAL_FLAGS, ROOT, RunName, run_name
 
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
 # What a run makes in its folder beside .lock, config.json and checkpoints/: --overwrite deletes nothing else.
-MADE = ("model.pt", "activations.npz", "status.json", "events.out.tfevents.*", "game_*.mp4", "wandb", "*.tmp")
+MADE = ("model.pt", "activations.npz", "status.json", "events.out.tfevents.*", "game_[0-9]*.mp4", "wandb")
 
 
 class RunFolder:
@@ -177,7 +177,7 @@ class RunFolder:
 
     def _delete_all(self) -> None:
         # In an order that a kill may interrupt: first it is unfinished, and to the last it is a run.
-        for pattern in MADE:
+        for pattern in (*MADE, *(f"{name}.tmp" for name in (*MADE[:3], "config.json"))):
             for file in self.path.glob(pattern):
                 if file.is_dir() and not file.is_symlink():
                     shutil.rmtree(file)

@@ -185,20 +185,21 @@ class Run:
         events: dict[str, tuple[int, str]] = {}
         for state in self.checkpoints.load():
             file = self.checkpoints.folder / f"{state['step']:010d}.ckpt"
-            run = state.get("run")
-            if isinstance(run, dict) and isinstance(run.get("args"), dict):
-                self.folder.compare(str(run.get("algorithm")), run["args"], f"{file} is a checkpoint of other flags")
-            if self._saved is not None:  # read only to know which parts it needs
-                continue
             try:
+                run = state["run"]
+                self.folder.compare(run["algorithm"], run["args"], f"{file} is a checkpoint of other flags")
+                if self._saved is not None:  # read only to know which parts it needs
+                    continue
+                returns = [float(score) for score in state["returns"]]
+                events = {str(name): (int(size), str(digest)) for name, (size, digest) in state["events"].items()}
                 checkpoint.restore(self.things, state["things"])
                 checkpoint.restore_random_states(state["random"], self.rng, self.device)
-                self.returns.extend(map(float, state["returns"]))
-                events = {str(name): (int(size), str(digest)) for name, (size, digest) in state["events"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                warn(f"{file} is no checkpoint of this script: {error}; trying the checkpoint before it")
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+                what = str(error).split("\n", 1)[0][:160]
+                warn(f"{file} is no checkpoint of this script: {what}; trying the checkpoint before it")
                 del self.checkpoints.parts[state["step"]]
                 continue
+            self.returns.extend(returns)
             self.step = self._saved = state["step"]
         if self._saved is None and self.checkpoints:
             raise BadInput(
@@ -253,7 +254,10 @@ class Run:
 
     def log_games(self, step: int, info: dict) -> None:
         """Log the games that `info` says have ended; of several side by side, environment i's at `step` + i."""
-        for i, (score, length) in ended_games(info).items():
+        games = ended_games(info)
+        if games:
+            self.folder.require_ours()
+        for i, (score, length) in games.items():
             self.returns.append(score)
             self.writer.add_scalar("charts/episodic_return", score, step + i)
             self.writer.add_scalar("charts/episodic_length", length, step + i)
@@ -276,6 +280,7 @@ class Run:
         if not np.isfinite(list(values.values())).all():
             self._diverged(step, text)
         self._require_finite(network, step)
+        self.folder.require_ours()
         for name, value in values.items():
             self.writer.add_scalar(f"losses/{name}", value, step)
         for name, value in charts.items():
@@ -308,6 +313,7 @@ class Run:
             return {}, {}
         self._require_finite(network, step)
         activations = metrics.activations(network, sample)
+        self.folder.require_ours()
         seed = (self.args.seed, step)
         return activations, metrics.log_representation(writer, activations, self.args.dead_threshold, seed, step)
 
@@ -358,7 +364,8 @@ class Run:
 
     def _close(self) -> None:
         """However the process ends: what was logged reaches the disk, and a run that goes on no more says so."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(RunFailed, OSError):
+            self.folder.require_ours()  # TensorBoard would make its file anew, in another process's run
             self.writer.close()
         if self.state == "running":
             with contextlib.suppress(RunFailed, OSError):
@@ -395,6 +402,7 @@ class Run:
         video_folder = self.folder.path if self.args.capture_video else None
         scores = evaluate(network, self.args.env_id, self.args.seed, self.args.eval_episodes, video_folder)
         for game, score in enumerate(scores):
+            self.folder.require_ours()
             self.writer.add_scalar("eval/episodic_return", score, game)
             print_line(f"evaluation game {game}: {score:g}")
         self.folder.require_ours()

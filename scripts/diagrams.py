@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from drawing import COLORS, launch, plt, save
+from drawing import launch, plt, save
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import nn
 
 import dqn_atari_lan as dqn
 import ppo_atari_lan as ppo
+from lan_utils import study
 
 GAME = "SpaceInvadersNoFrameskip-v4"  # as in the paper
 ACTIVATIONS = ("tanh", "tanh-lan")  # without and with a LaN
@@ -167,7 +168,7 @@ def draw_network(ax: plt.Axes, network: nn.Module, activation: str, frames: np.n
     factors = [block for name, block in found.items() if name.startswith("representation.layers.")]
     z = found["representation"]
     heads = [found[name] for name in HEADS if name in found]
-    color = COLORS[activation]
+    color = study.style(activation).color
 
     end = draw_map(ax, 0.0, frames.shape, frames)
     for block in trunk:

@@ -1,4 +1,4 @@
-"""What the side experiments share: colours, the look of a figure, and files under --out-dir."""
+"""What the side experiments share: the look of a figure, and files under --out-dir."""
 
 import io
 import signal
@@ -16,11 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from plot_results import STYLES  # noqa: E402
 
-COLORS = {activation: color for activation, (_, color, _) in STYLES.items()}  # the same in every figure
-
-plt.rcdefaults()  # plot_results has a look of its own
 plt.rcParams.update(
     {
         "figure.dpi": 130,

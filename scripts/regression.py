@@ -22,12 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from drawing import COLORS, launch, plt, save, write_text
+from drawing import launch, plt, save, write_text
 from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import metrics
+from lan_utils import study
 
 # f, width of each hidden layer, how many layers are multiplied (Eq. 2), and the paper's number of parameters.
 NETWORKS = {
@@ -38,11 +39,11 @@ NETWORKS = {
     "deep tanh": (torch.tanh, (200, 200, 200), 1, 81_001),
 }
 STYLES = {
-    "ReLU": (COLORS["relu"], "-"),
-    "tanh": (COLORS["tanh"], "-"),
-    "tanh-LaN": (COLORS["tanh-lan"], "-"),
-    "deep ReLU": (COLORS["relu"], "--"),
-    "deep tanh": (COLORS["tanh"], "--"),
+    "ReLU": (study.style("relu").color, "-"),
+    "tanh": (study.style("tanh").color, "-"),
+    "tanh-LaN": (study.style("tanh-lan").color, "-"),
+    "deep ReLU": (study.style("relu").color, "--"),
+    "deep tanh": (study.style("tanh").color, "--"),
 }
 HALF_RANGES = (1, 2)  # x in [-1, 1] and in [-2, 2]
 OPTIMIZERS = {

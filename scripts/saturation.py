@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from drawing import COLORS, launch, plt, save, write_text
+from drawing import launch, plt, save, write_text
 from torch import Tensor, nn
 
 import metrics
 from dqn_atari_lan import Representation
+from lan_utils import study
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 FACTORS = (1, 2, 3)
@@ -250,8 +251,8 @@ def draw_counts(counts: list[dict], unsaturated: list[dict], out_dir: Path) -> N
     p = np.linspace(0, 1, 101)
     for (above, below), activation in zip(rows.T, ACTIVATIONS, strict=True):
         for factors, (line, marker, _) in looks.items():
-            look = dict(color=COLORS[activation], marker=marker, markersize=3.5, markerfacecolor="white")
-            above.plot(p, theory(activation, p, factors), line, color=COLORS[activation])
+            look = dict(color=study.style(activation).color, marker=marker, markersize=3.5, markerfacecolor="white")
+            above.plot(p, theory(activation, p, factors), line, color=study.style(activation).color)
             cells = select(counts, activation=activation, factors=factors)
             bars = [2 * row["standard_error"] for row in cells]
             simulated = [row["simulated"] for row in cells]
@@ -286,7 +287,7 @@ def draw_gradients(gradients: list[dict], out_dir: Path) -> None:
         for (lan, weights), (label, style) in lines.items():
             norms = [row["relative_norm"] for row in select(gradients, activation=f + lan, weights=weights)]
             ax = column[int(weights == "below")]
-            ax.plot(BIASES, norms, style, color=COLORS[f + lan], label=label, linewidth=1.8)
+            ax.plot(BIASES, norms, style, color=study.style(f + lan).color, label=label, linewidth=1.8)
         titles = (f"{f}: gradient of the layer's own weights", f"{f}: gradient of the weights below it")
         for ax, title in zip(column, titles, strict=True):
             ax.set(yscale="log", ylim=(1e-5, 5))

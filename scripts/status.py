@@ -1,36 +1,46 @@
 """What has become of each run of a job list; sweep.sh and sweep.slurm ask it.
 
-python scripts/status.py jobs.txt            a table
-python scripts/status.py --plan jobs.txt     line number, state, log file and command of each run, separated by tabs
-python scripts/status.py --plan jobs.txt 3   of line 3 only
+  python scripts/status.py jobs.txt            a table
+  python scripts/status.py --plan jobs.txt     a line for each run, with tabs:
+      line number, state, CPU threads that an unfinished run began with (or -),
+      log file, command
+  python scripts/status.py --plan jobs.txt 3   of line 3 only
 
-Everything is read from what the runs leave on the disk, and from squeue where there is one. Imports no torch: it
-answers at once for hundreds of runs.
+Everything is read from what the runs leave on the disk, and from squeue where
+there is one. Imports no torch: it answers at once for hundreds of runs.
 """
 
-import ast
+import dataclasses
 import fcntl
 import functools
 import itertools
+import json
 import mmap
 import os
 import re
 import shlex
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-PROJECT = Path(__file__).resolve().parent.parent
-NAMING_FLAGS = ("runs_dir", "env_id", "exp_name", "activation", "seed", "total_timesteps")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lan_utils.study import ROOT, RunName, run_name
+
+STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ")
 EXIT = re.compile(r"=== \S+ exit (\d+)")
-PROGRESS = re.compile(r"\d+%\D* (\d+)/\d+ \[[^,\]]*, +([\d.]+)(step/s|s/step)")  # of checkpoint.Progress
-STOPPED = (130, 143)  # exit codes: stopped by a signal, resumes
-LOG_TAIL = 100_000  # bytes: more than half a day of progress lines
+STOPPED = ("130", "143")  # exit codes: stopped by a signal, resumes
+LOG_TAIL = 20_000  # bytes
+JSON_LIMIT = 1_000_000  # bytes
+FRESH_SECONDS = 600  # a run on another host, whose lock may not be seen here, is at work if it wrote so lately
+# What comes before a comment: whole words, quoted and escaped as in a shell. A `#` begins one only where a word would.
+WORDS = re.compile(r"""(?:[ \t\r\n]++|(?!\#)(?:[^ \t\r\n'"\\]|\\.|'[^']*+'|"(?:[^"\\]|\\.)*+")++)*+""")
 
 
 class Job(NamedTuple):
@@ -39,18 +49,23 @@ class Job(NamedTuple):
     line: int
     script: str
     folder: Path
-    log: Path
+    log: str
     steps: int
     command: str
 
 
 class Status(NamedTuple):
-    """state: finished, running, failed, stopped (unfinished, resumes) or waiting. step 0 and speed 0: unknown."""
+    """state: one of STATES; stopped is unfinished and resumes, waiting has not begun. step 0 and speed 0: unknown."""
 
     state: str
-    step: int
-    speed: float
-    last_lines: list[str]
+    step: int = 0
+    speed: float = 0.0
+    note: str = ""
+    threads: int = 0
+
+
+class Unreadable(Exception):
+    """A run's file is none that a run writes, or cannot be read."""
 
 
 def fail(message: str) -> NoReturn:
@@ -61,22 +76,11 @@ def fail(message: str) -> NoReturn:
 # ------------------------------------------------------------------------------------------------ the list
 
 
-@functools.cache
-def script_defaults(script: str) -> dict[str, Any]:
-    """The flags' defaults as the script declares them, of those that are constants."""
-    tree = ast.parse((PROJECT / script).read_text())
-    fields = [field for node in tree.body if isinstance(node, ast.ClassDef) for field in node.body]
-    return {
-        field.target.id: field.value.value
-        for field in fields
-        if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant)
-    }
-
-
 def parse_job(number: int, text: str) -> Job | None:
     """One line of the list; None for a blank line or a comment. Exits with 2 where it is not a run of this project."""
+    end = WORDS.match(text).end()
     try:
-        words = shlex.split(text, comments=True)
+        words = shlex.split(text[:end] if text[end:].startswith("#") else text)
     except ValueError as error:
         fail(f"line {number}: {error} in: {text}")
     if not words:
@@ -84,51 +88,51 @@ def parse_job(number: int, text: str) -> Job | None:
     if not all(map(str.isprintable, words)):
         fail(f"line {number}: {text!r} holds an unprintable character")
     if len(words) < 2 or words[0] not in ("python", "python3") or not words[1].endswith(".py"):
-        fail(f"line {number}: {text}: a job is one line `python <script>.py <flags>`, as scripts/jobs.sh prints it")
+        fail(f"line {number}: {text}: a job is one line `python <script>.py <flags>`, as scripts/jobs.py prints it")
     script, flags = words[1], words[2:]
-    if not (PROJECT / script).is_file():
+    if not (ROOT / script).is_file():
         fail(f"line {number}: there is no {script} in the project's folder")
-    try:
-        values = {name: script_defaults(script)[name] for name in NAMING_FLAGS}
-    except (SyntaxError, UnicodeDecodeError):
-        fail(f"line {number}: {script} is not Python")
-    except KeyError as error:
-        fail(f"line {number}: {script} is not a training script of this project: it has no {error} among its flags")
+    if (ROOT / script).parent != ROOT:
+        fail(f"line {number}: {script} is not a training script: those lie in the project's folder itself")
+    values = {field.name: field.default for field in dataclasses.fields(RunName)} | {"exp_name": Path(script).stem}
     for word, following in itertools.pairwise([*flags, ""]):
         name, has_value, value = word.partition("=")
         name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
         if name == "overwrite":
             fail(
-                f"line {number}: --overwrite would throw the run away whenever it is resumed; delete its folder instead"
+                f"line {number}: --overwrite would throw the run away whenever it is resumed; "
+                "to start it anew, stop it and run this line once by hand"
             )
         if name in values:
             values[name] = value if has_value else following
     try:
-        seed, steps = int(values["seed"]), int(values["total_timesteps"])
+        values["seed"], steps = int(values["seed"]), int(values["total_timesteps"])
     except ValueError:
         fail(f"line {number}: --seed and --total-timesteps take whole numbers: {text}")
-    name = "{env_id}__{exp_name}__{activation}__{seed}".format_map(values | {"seed": seed})
+    args = RunName(**values)
+    name = run_name(args)
     if "/" in name or len(os.fsencode(name)) > 251:
         fail(f"line {number}: the run's name must have no slash and at most 251 bytes: {name}")
-    runs_dir = Path(values["runs_dir"])
-    return Job(number, script, runs_dir / name, runs_dir / ".sweep" / f"{name}.log", steps, shlex.join(words))
+    runs_dir = args.runs_dir if not args.runs_dir.startswith("-") else f"./{args.runs_dir}"  # no flag of `mkdir`
+    log = f"{runs_dir}/.sweep/{name}.log"
+    return Job(number, script, Path(runs_dir, name), log, steps, shlex.join(words))
 
 
 def read_jobs(file: str) -> list[Job]:
     """The list's runs, each once. Exits with 2 where the list cannot be run as it is."""
     try:
-        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = text.decode("utf-8-sig").split("\n")
+        with open(0 if file == "-" else file, "rb", closefd=file != "-") as opened:
+            lines = opened.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        fail(f"cannot read the job list {file}: {reason}; name a file of commands, as scripts/jobs.sh prints them")
-    os.chdir(PROJECT)
-    jobs: dict[Path, Job] = {}
+        fail(f"cannot read the job list {file}: {reason}; name a file of commands, as scripts/jobs.py prints them")
+    os.chdir(ROOT)
+    jobs: dict[str, Job] = {}
     for number, line in enumerate(lines, start=1):
         job = parse_job(number, line.rstrip("\r"))
         if job is None:
             continue
-        first = jobs.setdefault(Path(os.path.abspath(job.folder)), job)
+        first = jobs.setdefault(os.path.abspath(job.folder), job)
         if first.command != job.command:
             fail(f"lines {first.line} and {job.line} are the same run, {job.folder}, with different flags")
     if not jobs:
@@ -139,17 +143,62 @@ def read_jobs(file: str) -> list[Job]:
 # ---------------------------------------------------------------------------------------------- their states
 
 
+def open_regular(file: Path | str) -> int | None:
+    """Descriptor for reading; None where there is no such file. Waits for no pipe and follows no link.
+
+    Raises:
+        Unreadable
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        reason = "it is a link" if os.path.islink(file) else error.strerror
+        raise Unreadable(f"cannot read {file}: {reason}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(f"{file} is no regular file: move it away")
+    return descriptor
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file.
+
+    Raises:
+        Unreadable
+    """
+    descriptor = open_regular(file)
+    if descriptor is None:
+        return {}
+    with open(descriptor, "rb") as opened:
+        try:
+            content = json.loads(opened.read(JSON_LIMIT))
+        except (ValueError, RecursionError):
+            content = None
+    if not isinstance(content, dict):
+        raise Unreadable(f"{file} is damaged: restore it or move it away")
+    return content
+
+
+def number(value: Any) -> float:
+    """The value, or 0 where it is none that a run writes."""
+    return value if type(value) in (int, float) and 0 < value < 1e15 else 0
+
+
 def is_locked(folder: Path) -> bool:
     """Is a process at work in the run folder? Asks without taking the lock, which a starting run may want."""
-    try:
-        with open(folder / ".lock", "rb") as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
+    descriptor = open_regular(folder / ".lock")
+    if descriptor is None:
         return False
+    # By hand: Python's fcntl module has no struct flock, and /proc/locks knows neither NFS nor other containers.
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with open(descriptor, "rb") as file:
+        answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
     return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
 
-def is_alive(pid: str, host: str, log: Path) -> bool:
+def is_alive(pid: str, host: str, log: str) -> bool:
     """Is the launcher's process that wrote this start into the log still there? It is before the run takes its lock."""
     try:
         return host == os.uname().nodename and os.fsencode(log) in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -170,47 +219,73 @@ def slurm_states() -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in listed.stdout.splitlines() if " " in line)
 
 
-def read_log(log: Path) -> str:
-    """The line of the last start, however far back, and the log's end."""
-    if not log.is_file() or not log.stat().st_size:
-        return ""
-    with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        tail = max(0, len(content) - LOG_TAIL)
-        start = content.rfind(b"=== ", 0, max(0, content.rfind(b" start in process ")))
-        head = content[start : content.find(b"\n", start) + 1] if 0 <= start < tail else b""
-        return (head + content[tail:]).decode(errors="replace")
+def read_log(log: str) -> tuple[list[str], float]:
+    """The line of the last start, however far back, and the log's last lines; when it was last written.
+
+    Raises:
+        Unreadable
+    """
+    descriptor = open_regular(log)
+    if descriptor is None:
+        return [], 0.0
+    with open(descriptor, "rb"):
+        written, size = os.fstat(descriptor).st_mtime, os.fstat(descriptor).st_size
+        if not size:
+            return [], 0.0
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
+            tail = max(0, len(content) - LOG_TAIL)
+            start = content.rfind(b"=== ", 0, max(0, content.rfind(b" start in process ")))
+            head = content[start : start + 1000].split(b"\n")[0] + b"\n" if 0 <= start < tail else b""
+            text = (head + content[tail:]).decode(errors="replace")
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+    return [line for line in lines if line], written
 
 
 def status_of(job: Job) -> Status:
-    """From `model.pt`, the lock, the log and the newest checkpoint's name."""
-    text = read_log(job.log)
-    lines = [line for part in text.split("\n") if (line := part.rsplit("\r", 1)[-1].rstrip())]
+    """From the run's status.json and lock, and from the launcher's log."""
+    try:
+        return read_status(job)
+    except Unreadable as error:
+        return Status("unreadable", note=str(error))
+    except OSError as error:
+        return Status("unreadable", note=f"cannot read {error.filename or job.folder}: {error.strerror}")
+
+
+def read_status(job: Job) -> Status:
+    """Raises Unreadable or OSError."""
+    file = job.folder / "status.json"
+    status = read_json(file)
+    state = status.get("state")
+    if status and state not in ("running", "stopped", "failed", "finished"):
+        raise Unreadable(f"{file} is damaged: restore it or move it away")
+    lines, log_written = read_log(job.log)
+    step, speed = int(number(status.get("step"))), number(status.get("steps_per_second"))
+    model = job.folder / "model.pt"
+    if state == "finished" or (not status and model.is_file() and model.stat().st_size):
+        return Status("finished", step or job.steps, speed)
+
     start = max((i for i, line in enumerate(lines) if START.match(line)), default=-1)
     pid, host, slurm_id = START.match(lines[start]).groups() if start >= 0 else ("", "", "")
-    this_time = lines[start + 1 :]
-    ended = next((match for line in reversed(this_time) if (match := EXIT.match(line))), None)
-    last_lines = [line for line in this_time if not EXIT.match(line)][-5:]
-
-    points = [PROGRESS.search(line) for line in lines]
-    points = [point for point in points if point and float(point[2])]
-    speed = 0.0
-    if points:
-        speed = float(points[-1][2]) if points[-1][3] == "step/s" else 1 / float(points[-1][2])
-    checkpoints = [int(file.stem) for file in (job.folder / "checkpoints").glob("*.ckpt") if file.stem.isdigit()]
-    step = max([*checkpoints, 0])
-
-    model = job.folder / "model.pt"
+    ended = [match[1] for line in lines[start + 1 :] if (match := EXIT.match(line))][-1:]
     slurm_state = slurm_states().get(slurm_id, "") if slurm_id else ""
-    if model.is_file() and model.stat().st_size:
-        return Status("finished", job.steps, speed, last_lines)
-    if is_locked(job.folder) or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING")):
-        shown = [PROGRESS.search(line) for line in this_time]
-        return Status("running", max([step, *(int(point[1]) for point in shown if point)]), speed, last_lines)
-    if slurm_state == "PENDING" or (not text and step == 0):
-        return Status("waiting", step, speed, last_lines)
-    if ended and int(ended[1]) not in STOPPED:
-        return Status("failed", step, speed, [*last_lines, f"exit code {ended[1]}"])
-    return Status("stopped", step, speed, last_lines)
+    elsewhere = state == "running" and status.get("host") != os.uname().nodename
+    if (
+        is_locked(job.folder)
+        or (elsewhere and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
+        or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING"))
+    ):
+        return Status("running", step, speed)
+
+    threads = read_json(job.folder / "config.json").get("threads")
+    of_run = step, speed, "", threads if type(threads) is int and 0 < threads < 10_000 else 0
+    if slurm_state == "PENDING":
+        return Status("waiting", *of_run)
+    by_hand = status and file.stat().st_mtime > log_written  # later than what the launcher last ran
+    if ended and ended[0] not in STOPPED and not by_hand:
+        return Status("failed", *of_run)._replace(note=f"exit code {ended[0]}, see {job.log}")
+    if state == "failed":
+        return Status("failed", *of_run)
+    return Status("stopped" if status or lines else "waiting", *of_run)
 
 
 def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
@@ -230,7 +305,7 @@ def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
     left = [
         (job.steps - status.step) / (status.speed or means.get(job.script, other))
         for job, status in zip(jobs, statuses, strict=True)
-        if status.state not in ("finished", "failed")
+        if status.state in ("running", "stopped", "waiting")
     ]
     return max(sum(left) / running, *left, 0)
 
@@ -249,26 +324,19 @@ def print_table(jobs: list[Job]) -> None:
     statuses = [status_of(job) for job in jobs]
     width = max(len(job.folder.name) for job in jobs)
     for job, status in zip(jobs, statuses, strict=True):
-        note = ""
-        if status.state in ("running", "stopped") or (status.step and status.state != "finished"):
+        note = status.note
+        if not note and (status.state in ("running", "stopped") or (status.step and status.state != "finished")):
             note = f"{status.step:>10,} of {job.steps:,} steps"
         if status.state == "running" and status.speed:
             note += f", {status.speed:.0f} per second"
-        if status.state == "failed":
-            note = f"{status.last_lines[-1]}, see {job.log}"
-        print(f"{status.state:8}  {job.folder.name:{width}}  {note}".rstrip())
+        print(f"{status.state:10}  {job.folder.name:{width}}  {note}".rstrip())
     states = [status.state for status in statuses]
-    counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "failed", "stopped", "waiting")]
-    unfinished = len(states) - states.count("finished") - states.count("failed")
+    counts = [f"{states.count(state)} {state}" for state in STATES if state != "unreadable" or state in states]
     left = seconds_left(jobs, statuses)
-    if not unfinished:
-        remaining = ""
-    elif left is None:
-        remaining = "; time left unknown: no run " + (
-            "has printed a speed yet" if "running" in states else "is going on"
-        )
-    else:
-        remaining = f"; about {duration(left)} left"
+    remaining = ""
+    if {"running", "stopped", "waiting"} & set(states):
+        unknown = "no run has told its speed yet" if "running" in states else "no run is going on"
+        remaining = f"; time left unknown: {unknown}" if left is None else f"; about {duration(left)} left"
     print(f"{len(jobs)} runs: {', '.join(counts)}{remaining}")
 
 
@@ -285,15 +353,14 @@ def main() -> None:
     if not plan:
         print_table(jobs)
         return
-    only = [int(number) for number in only]
     for job in jobs:
-        if not only or job.line in only:
-            print(job.line, status_of(job).state, job.log, job.command, sep="\t")
+        if not only or str(job.line) in only:
+            status = status_of(job)
+            print(job.line, status.state, status.threads or "-", job.log, job.command, sep="\t")
+            if status.state == "unreadable":
+                print(f"error: line {job.line} is left out: {status.note}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    try:
-        main()
-    except OSError as error:
-        fail(f"cannot read {error.filename}: {error.strerror}")
+    main()

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Runs a list of jobs on this machine, as many at once as it can hold; again, it resumes what is unfinished:
-#   bash scripts/jobs.sh > jobs.txt; bash scripts/sweep.sh jobs.txt      or   bash scripts/jobs.sh | bash scripts/sweep.sh
-#   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   so many at once on each GPU; without a GPU, so many in all
+# Runs a list of jobs on this machine, as many at once as it can hold;
+# again, it resumes what is unfinished:
+#   python scripts/jobs.py > jobs.txt; bash scripts/sweep.sh jobs.txt
+#   python scripts/jobs.py | bash scripts/sweep.sh
+#   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   so many at once on each GPU,
+#                                                     without a GPU in all
 #   bash scripts/sweep.sh --dry-run jobs.txt          what would be run, and where
-#   bash scripts/sweep.sh --status jobs.txt           finished, running, failed and waiting runs, and the time left
-# Exit code: the number of runs that failed (at most 100), 2 for bad input, 128 + n when stopped by signal n.
-set -uo pipefail
+#   bash scripts/sweep.sh --status jobs.txt           each run's state, the time left
+# Exit code: the number of runs that failed (at most 100), 2 for bad input,
+# 128 + n when stopped by signal n.
+set -fuo pipefail # -f: CUDA_VISIBLE_DEVICES is never a file pattern
 
 TRIES=3
 CHECKPOINT_SECONDS=120 # that a stopped run has to write its checkpoint
@@ -22,9 +26,10 @@ fail() {
 # The next line written to a log is one of its own.
 end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
 
-# run SLOT LOG COMMAND: one job of the list; its exit code. Slot 0: device and threads are set already, by Slurm.
+# run SLOT THREADS LOG COMMAND: one job of the list; its exit code. Slot 0: device and threads are set already, by Slurm.
+# THREADS: those that an unfinished run began with, or -
 run() {
-    local slot=$1 log=$2 name slurm= training= stopped= warned= code start=$SECONDS
+    local slot=$1 threads=$2 log=$3 command=$4 name slurm= training= stopped= warned= code start=$SECONDS
     name=$(basename "$log" .log)
     if ((slot == 0)); then
         slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
@@ -33,15 +38,19 @@ run() {
         ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[(slot - 1) % ${#gpus[@]}]}
         export OMP_NUM_THREADS=$SWEEP_THREADS
     fi
+    if [[ $threads != - && $threads != "$OMP_NUM_THREADS" ]]; then # another count would give other weights
+        echo "$(date +%T) resumed with the $threads CPU threads that it began with, not $OMP_NUM_THREADS: $name"
+        export OMP_NUM_THREADS=$threads
+    fi
     # GNU parallel and Slurm end a job by SIGTERM to the training as well: wait for it, a second one would make it
     # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only.
     trap 'stopped=1' TERM
     trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' USR1
     end_line "$log"
     echo "=== $(date -Is) start in process $$ on $HOSTNAME ${slurm}with" \
-        "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $3" >> "$log" || return 2
+        "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $command" >> "$log" || return 2
     [[ -z $stopped$warned ]] || return 143
-    eval "exec $3" < /dev/null >> "$log" 2>&1 &
+    eval "exec $command" < /dev/null >> "$log" 2>&1 &
     training=$!
     [[ -z $warned ]] || kill -TERM "$training" # the warning came in between
     while kill -0 "$training" 2> /dev/null; do wait "$training" 2> /dev/null; done
@@ -60,6 +69,7 @@ run() {
 { # read to its end before it runs: a sweep of weeks survives that this file changes
 
 unset CDPATH
+[[ -e /dev/fd/0 ]] || exec < /dev/null # closed: the next file opened would become standard input
 caller=$PWD
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project" || exit 2
@@ -93,7 +103,7 @@ while (($#)); do
 done
 python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
     fail "there is no python on the PATH, or one older than 3.11; bash scripts/quickstart.sh makes .venv"
-[[ -n $jobs_file || ! -t 0 ]] || fail "name a job list: bash scripts/jobs.sh > jobs.txt; bash scripts/sweep.sh jobs.txt"
+[[ -n $jobs_file || ! -t 0 ]] || fail "name a job list: python scripts/jobs.py > jobs.txt; bash scripts/sweep.sh jobs.txt"
 case ${jobs_file:=-} in
     - | /*) ;;
     *) jobs_file=$caller/$jobs_file ;;
@@ -102,12 +112,14 @@ if [[ -n $status ]]; then
     exec python scripts/status.py "$jobs_file"
 fi
 
-# Lines of: line number, state, log, command
-[[ $jobs_file != - ]] || { jobs=$(cat) && plan=$(python scripts/status.py --plan - <<< "$jobs") || exit; }
-[[ $jobs_file == - ]] || plan=$(python scripts/status.py --plan "$jobs_file") || exit
-todo=$(awk -F '\t' '$2 != "finished" && $2 != "running"' <<< "$plan")
-count() { grep -c . <<< "$1"; }
-runs_dir=$(dirname "$(dirname "$(awk -F '\t' 'NR == 1 {print $3}' <<< "$plan")")")
+# Lines of: line number, state, threads, log, command. No here-strings: a full TMPDIR would make them empty.
+plan=$(python scripts/status.py --plan "$jobs_file") || exit
+[[ -n $plan ]] || fail "scripts/status.py says nothing about the jobs of $jobs_file; call it with --plan to see why"
+in_state() { printf '%s\n' "$plan" | grep -P "^\d+\t($1)\t"; }
+count() { in_state "$1" | wc -l; }
+TODO='waiting|stopped|failed'
+first_log=$(printf '%s\n' "$plan" | awk -F '\t' 'NR == 1 {print $4}')
+runs_dir=$(dirname "$(dirname "$first_log")")
 
 # -- how many at once
 
@@ -148,24 +160,24 @@ slots=$((per_gpu * devices))
 threads=$((cores / slots > 0 ? cores / slots : 1))
 where="on the CPU"
 ((${#gpus[@]} == 0)) || where="$per_gpu on each of the GPUs ${gpus[*]}"
-echo "$(count "$plan") runs: $(grep -cP '^\d+\tfinished' <<< "$plan") finished," \
-    "$(grep -cP '^\d+\trunning' <<< "$plan") running already, $(count "$todo") to run"
+echo "$(count '\w+') runs: $(count finished) finished, $(count running) running already, $(count "$TODO") to run"
 echo "$slots at once, $where, CPU threads of each: $threads ($reason)"
 
 # -- run them
 
 if [[ -n $dry_run ]]; then
-    cut -f 4 <<< "$todo"
+    in_state "$TODO" | cut -f 5
     exit 0
 fi
-if [[ -z $todo ]]; then
-    exit 0
+unreadable=$(count unreadable)
+if (($(count "$TODO") == 0)); then
+    exit $((unreadable > 100 ? 100 : unreadable))
 fi
 parallel --version 2> /dev/null | grep -q GNU || fail "GNU parallel is missing: apt install parallel," \
     "conda install -c conda-forge parallel, or brew install parallel"
 while read -r folder; do
     mkdir -p "$folder" 2> /dev/null && [[ -w $folder ]] || fail "cannot write in $folder; name another --runs-dir"
-done < <(cut -f 3 <<< "$plan" | xargs -d '\n' dirname | sort -u)
+done < <(in_state "$TODO" | cut -f 4 | xargs -d '\n' dirname | sort -u)
 export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
 bar=()
 [[ ! -t 2 ]] || bar=(--bar)
@@ -174,7 +186,7 @@ bar=()
 set -m
 parallel --plain --will-cite --ungroup "${bar[@]}" --jobs "$slots" --retries "$TRIES" \
     --joblog "$runs_dir/.sweep/joblog-$(date +%Y%m%d-%H%M%S).tsv" --termseq "TERM,${CHECKPOINT_SECONDS}000,KILL,25" \
-    --colsep '\t' --trim n --arg-file <(cut -f 3,4 <<< "$todo") "exec bash scripts/sweep.sh --run {%} {1} {2}" < /dev/null &
+    --colsep '\t' --trim n --arg-file <(in_state "$TODO" | cut -f 3-5) "exec bash scripts/sweep.sh --run {%} {1} {2} {3}" < /dev/null &
 parallel=$!
 signum=
 stop() {
@@ -193,23 +205,20 @@ while kill -0 "$parallel" 2> /dev/null; do wait "$parallel" 2> /dev/null; done
 
 # -- what came of it
 
-plan=$(cut -f 4 <<< "$plan" | python scripts/status.py --plan -) || {
+plan=$(printf '%s\n' "$plan" | cut -f 5 | python scripts/status.py --plan -) || {
     echo "error: cannot tell what came of the runs; mend that, then see --status" >&2
     exit 1
 }
-unfinished=$(awk -F '\t' '$2 != "finished" && $2 != "running"' <<< "$plan")
-elsewhere=$(awk -F '\t' '$2 == "running"' <<< "$plan")
-[[ -z $elsewhere ]] || echo "$(count "$elsewhere") runs are being trained by other processes: see --status"
+failed=$(count "$TODO|unreadable")
+(($(count running) == 0)) || echo "$(count running) runs are being trained by other processes: see --status"
 if [[ -n $signum ]]; then
-    echo "stopped with $(count "$unfinished") of $(count "$plan") runs unfinished; the same command resumes them"
+    echo "stopped with $failed of $(count '\w+') runs unfinished; the same command resumes them"
     exit $((128 + signum))
 fi
-failed=$(count "$unfinished")
-while IFS=$'\t' read -r _ _ log command; do
-    [[ -n $log ]] || continue
+while IFS=$'\t' read -r _ _ _ log command; do
     printf '\nfailed: %s\n%s ends with\n' "$command" "$log"
     tail -n 6 "$log" | sed 's/^/    /'
-done <<< "$unfinished"
-echo "$(awk -F '\t' '$2 == "finished"' <<< "$plan" | wc -l) of $(count "$plan") runs have finished, $failed failed"
+done < <(in_state "$TODO")
+echo "$(count finished) of $(count '\w+') runs have finished, $failed failed"
 exit $((failed > 100 ? 100 : failed))
 }

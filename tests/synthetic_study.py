@@ -51,8 +51,10 @@ with open(ROOT / "results" / "atari_scores.csv") as file:
 
 def true_score(game: str, activation: str, seed: int, time: np.ndarray) -> np.ndarray:
     """Expected score of a game that ends at this share of the training; seeds are 0.05 of the human's range apart."""
-    random, human = RANDOM_HUMAN[game]
-    return random + (human - random) * (np.interp(time, TIMES, PROGRESS[activation]) + 0.05 * (seed - 2))
+    random, human = RANDOM_HUMAN.get(game, (0.0, 100.0))
+    return random + (human - random) * (
+        np.interp(time, TIMES, PROGRESS.get(activation, PROGRESS["tanh"])) + 0.05 * (seed - 2)
+    )
 
 
 def true_measurement(name: str, activation: str, seed: int, time: np.ndarray) -> np.ndarray:
@@ -65,9 +67,12 @@ def true_measurement(name: str, activation: str, seed: int, time: np.ndarray) ->
         return LAN_LAW.get(activation, lambda p: p)(dead)
     if name == "std_dead_neurons":
         return 0.5 * true_measurement("dead_neurons", activation, seed, time)
+    if name == "dead_neurons_scaled":
+        return 0.7 * true_measurement("dead_neurons", activation, seed, time)
     rank = RANK.get(activation, 300) * (1 - 0.4 * time) + 2 * seed
     return {
         "effective_rank": rank,
+        "effective_rank_centred": 1.1 * rank,
         "entropy_rank": 0.6 * rank,
         "dormant_neurons": 0.8 * dead,
         "feature_norm": 10 + time,
@@ -75,7 +80,11 @@ def true_measurement(name: str, activation: str, seed: int, time: np.ndarray) ->
 
 
 def write_events(
-    file: Path, points: Iterable[tuple[str, int, float]], purge_step: int | None = None, histograms: Iterable[int] = ()
+    file: Path,
+    points: Iterable[tuple[str, int, float]],
+    purge_step: int | None = None,
+    histograms: Iterable[int] = (),
+    wall_time: float = 1.7e9,
 ) -> None:
     """An event file as TensorBoard's own writer makes it.
 
@@ -83,6 +92,7 @@ def write_events(
         points: (tag, step, value).
         purge_step: the file begins as that of a resumed run: earlier files' points from this step on do not count.
         histograms: steps of a 60-bin `representation/kde_peak`.
+        wall_time: of every event, seconds since 1970.
     """
     with open(file, "wb") as opened:
         writer = RecordWriter(opened)
@@ -92,11 +102,11 @@ def write_events(
             writer.write(start.SerializeToString())
         for tag, step, value in points:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.write(Event(wall_time=1.7e9, step=step, summary=summary).SerializeToString())
+            writer.write(Event(wall_time=wall_time, step=step, summary=summary).SerializeToString())
         for step in histograms:
             histogram = HistogramProto(bucket_limit=np.linspace(-2, 4, 61), bucket=np.arange(61.0))
             summary = Summary(value=[Summary.Value(tag="representation/kde_peak", histo=histogram)])
-            writer.write(Event(wall_time=1.7e9, step=step, summary=summary).SerializeToString())
+            writer.write(Event(wall_time=wall_time, step=step, summary=summary).SerializeToString())
 
 
 def make_run(
@@ -137,13 +147,14 @@ def make_run(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     rng = np.random.default_rng((seed, *f"{algorithm}{game}{activation}".encode()))
-    random, human = RANDOM_HUMAN[game]
+    random, human = RANDOM_HUMAN.get(game, (0.0, 100.0))
     ends = np.linspace(agent_steps / games, agent_steps, games).round().astype(int)
     scores = true_score(game, activation, seed, ends / agent_steps)
     scores = scores + noise * (human - random) * rng.standard_normal(games)
     points = [("charts/episodic_return", int(step), float(score)) for step, score in zip(ends, scores, strict=True)]
     points += [("charts/episodic_length", int(step), agent_steps / games) for step in ends]
     names = ["dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm"]
+    names += ["dead_neurons_scaled", "effective_rank_centred"]
     names += ["dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_z_star2"][: FACTORS.get(activation, 0)]
     measured = np.linspace(agent_steps / measurements, agent_steps, measurements).round().astype(int)
     for name in names:
@@ -158,6 +169,9 @@ def make_run(
         if game == "Breakout":
             np.savez_compressed(folder / "activations.npz", **activations(activation, rng))
         (folder / "model.pt").write_bytes(b"weights")
+    status = {"state": "finished" if finished else "stopped", "step": int(stop * agent_steps)}
+    status |= {"total_timesteps": agent_steps, "steps_per_second": 100.0, "pid": 1, "host": "nobody", "updated": 1.7e9}
+    (folder / "status.json").write_text(json.dumps(status))
     return folder
 
 

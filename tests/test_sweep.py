@@ -1,10 +1,13 @@
-"""jobs.sh, status.py, sweep.sh with the real GNU parallel, and sweep.slurm in a real Slurm."""
+"""sweep.sh with the real GNU parallel, and sweep.slurm in a real Slurm."""
+# ruff: noqa: F401, F811 (the fixture `project` is imported, then an argument)
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -16,371 +19,31 @@ import termios
 import time
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
-from conftest import ROOT, read_events, run_script
-
-import dqn_atari_lan
-import ppo_atari_lan
+from conftest import ROOT, read_events
+from launchers import (
+    STANDIN,
+    bash,
+    environment,
+    job_list,
+    jobs,
+    locked_by_another_process,
+    notes,
+    project,
+    sweep,
+    wait_until,
+)
 
 SLURM_PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 HAS_PARALLEL = shutil.which("parallel") is not None
 HAS_SLURM = all(map(shutil.which, SLURM_PROGRAMS)) and os.geteuid() == 0
+GAME = "BreakoutNoFrameskip-v4"  # by default
 needs_parallel = pytest.mark.skipif(not HAS_PARALLEL, reason="GNU parallel is not installed (apt install parallel)")
 needs_slurm = pytest.mark.skipif(not HAS_SLURM, reason="needs root and Slurm (apt install slurm-wlm munge)")
 
-GAMES = {"BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders", "VideoPinball"}
-MAIN = {"relu", "tanh", "sigmoid", "tanh-lan"}
-FIGURES = {  # figure: algorithm, games, activations, seeds
-    "1": ("dqn", GAMES, {"relu", "tanh"}, 5),
-    "4": ("dqn", {"Breakout"}, {"tanh", "tanh-lan"}, 1),
-    "5a": ("dqn", GAMES, MAIN, 5),
-    "5b": ("dqn", GAMES, {"relu", "tanh", "tanh-lan", "layernorm", "wide-1024"}, 5),
-    "6": ("dqn", GAMES, MAIN, 5),
-    "7": ("dqn", GAMES, {"relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan"}, 5),
-    "8": ("ppo", GAMES, MAIN, 5),
-    "10": ("dqn", {"Breakout"}, {"tanh", "tanh-lan"}, 1),
-    "11": ("dqn", {"Breakout"}, {"tanh", "tanh-lan", "sigmoid", "sigmoid-lan"}, 1),
-    "13": ("dqn", GAMES, {"relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan"}, 5),
-    "14": ("dqn", GAMES, {"relu", "relu-lan"}, 5),
-    "15": ("dqn", GAMES, MAIN, 5),
-    "16": ("dqn", GAMES, MAIN, 5),
-    "17": ("ppo", GAMES, MAIN, 5),
-}
-
-# A training script as the launchers see one: flags, run folder, model.pt. What it does is --activation.
-STANDIN = """
-import argparse, fcntl, os, pathlib, signal, sys, time
-
-class Experiment:
-    env_id: str = "Game"
-    activation: str = "fine"
-    seed: int = 1
-    exp_name: str = "standin"
-    total_timesteps: int = 100
-    runs_dir: str = "runs"
-
-parser = argparse.ArgumentParser()
-for name, default in vars(Experiment).items():
-    if not name.startswith("_"):
-        parser.add_argument("--" + name.replace("_", "-"), default=default)
-parser.add_argument("--seconds", type=float, default=0)
-args = parser.parse_args()
-folder = pathlib.Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
-folder.mkdir(parents=True, exist_ok=True)
-lock = open(folder / ".lock", "a")
-fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-again = (folder / "begun").exists()
-(folder / "begun").write_text(str(os.getpid()))
-
-def note(*words):
-    with open(pathlib.Path(args.runs_dir) / "notes", "a") as file:
-        file.write(" ".join(map(str, words)) + "\\n")
-
-def checkpoint(signum, frame):
-    note("signalled", folder.name, signum)
-    time.sleep(0.3)  # a second signal would be noted too
-    sys.exit(128 + signum)
-
-signal.signal(signal.SIGTERM, checkpoint)
-signal.signal(signal.SIGINT, checkpoint)
-note("begin", folder.name, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])
-if args.activation == "crash":
-    sys.exit("error: it crashed, as it does every time")
-if args.activation == "hang" and not again:
-    time.sleep(1000)
-if args.activation == "kill9" and not again:
-    os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(args.seconds)
-note("end", folder.name, time.time())
-if args.activation != "nothing":
-    (folder / "model.pt").write_text("weights")
-"""
-
-
-@pytest.fixture
-def project(tmp_path):
-    """The launchers in a folder of their own, whose name has a space, with a script that takes no time."""
-    folder = tmp_path / "a project"
-    shutil.copytree(ROOT / "scripts", folder / "scripts")
-    (folder / "standin.py").write_text(STANDIN)
-    return folder
-
-
-def environment(path=(), **variables):
-    """`python` is the tests' own; no GPU but a fake one; `path` comes first."""
-    path = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    clean = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-    return clean | {"PATH": path, **variables}
-
-
-def bash(*command, cwd=None, stdin="", **kwargs):
-    kwargs.setdefault("env", environment())
-    return subprocess.run(
-        ["bash", *map(str, command)], capture_output=True, text=True, cwd=cwd, input=stdin, timeout=280, **kwargs
-    )
-
-
-def jobs(*arguments):
-    done = bash(ROOT / "scripts" / "jobs.sh", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout.splitlines()
-
-
-def sweep(project, *arguments, **kwargs):
-    return bash(project / "scripts" / "sweep.sh", *arguments, **kwargs)
-
-
-def job_list(project, *lines, name="jobs.txt"):
-    (project / name).write_text("".join(f"{line}\n" for line in lines))
-    return project / name
-
-
-def notes(project, kind):
-    """What the stand-ins noted: [[run, ...]]."""
-    lines = (project / "runs" / "notes").read_text().splitlines() if (project / "runs" / "notes").exists() else []
-    return [line.split()[1:] for line in lines if line.split()[0] == kind]
-
-
-def wait_until(condition, process=None, every=0.02):
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        assert process is None or process.poll() is None
-        time.sleep(every)
-
-
-@contextlib.contextmanager
-def locked_by_another_process(folder):
-    """The run folder as a training holds it."""
-    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    command = [sys.executable, "-c", holder, str(folder / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        process.stdout.readline()
-        yield
-        process.stdin.close()
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# ------------------------------------------------------------------------------------------------ jobs.sh
-
-
-def parsed(line):
-    words = shlex.split(line)
-    flags = dict(zip(words[2::2], words[3::2], strict=True))
-    return (
-        words[1].split("_")[0],
-        flags["--env-id"].removesuffix("NoFrameskip-v4"),
-        flags["--activation"],
-        flags["--seed"],
-    )
-
-
-def test_the_whole_study_seed_1_first():
-    """880 distinct runs. Would catch: an activation that a script gained; seed 2 before all of seed 1."""
-    lines = jobs()
-    runs = [parsed(line) for line in lines]
-    assert len(lines) == len(set(runs)) == 880
-    assert [seed for *_, seed in runs] == [seed for seed in "12345" for _ in range(176)]
-    assert {game for _, game, _, _ in runs} == GAMES
-    for script in (dqn_atari_lan, ppo_atari_lan):
-        algorithm = script.__name__.split("_")[0]
-        activations = {activation for name, _, activation, _ in runs if name == algorithm}
-        assert activations == set(get_args(script.Experiment.__annotations__["activation"]))
-    comparison = runs[:11]
-    assert len({activation for _, _, activation, _ in comparison}) == 11
-    assert len({(algorithm, game) for algorithm, game, _, _ in comparison}) == 1
-    assert lines[0] == "python dqn_atari_lan.py --env-id BeamRiderNoFrameskip-v4 --activation relu --seed 1"
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_figures_runs(figure):
-    algorithm, games, activations, seeds = FIGURES[figure]
-    runs = [parsed(line) for line in jobs("--figure", figure)]
-    expected = {
-        (algorithm, game, activation, str(seed + 1))
-        for game in games
-        for activation in activations
-        for seed in range(seeds)
-    }
-    assert len(runs) == len(expected)
-    assert set(runs) == expected
-
-
-def test_filters_and_flags_that_are_passed_on():
-    """Would catch: a name that the shell, or the launcher, would split or expand."""
-    name = 'it\'s a $HOME `name` with "quotes" * é'
-    flags = ["--exp-name", name, "--no-double-q", "--total-timesteps", "1000"]
-    lines = jobs("--algorithms", "dqn", "--games", "Pong,Breakout", "--activations", "tanh,relu", "--seeds", "7,2",
-                 "--runs-dir", "my runs", "--", *flags)  # fmt: skip
-    assert len(lines) == 8
-    script = ["python", "dqn_atari_lan.py", "--env-id", "PongNoFrameskip-v4"]
-    start = [*script, "--activation", "tanh", "--seed", "7", "--runs-dir"]
-    assert shlex.split(lines[0]) == [*start, "my runs", *flags]
-    as_bash_reads_it = bash("-c", f"printf '%s\\n' {lines[0]}").stdout.splitlines()
-    assert as_bash_reads_it == [*start, "my runs", *flags]
-    assert jobs("--figure", "8", "--seeds", "3", "--games", "Pong") == [
-        f"python ppo_atari_lan.py --env-id PongNoFrameskip-v4 --activation {activation} --seed 3"
-        for activation in ("relu", "tanh", "sigmoid", "tanh-lan")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--games Pnog", "--games Pnog: there is no such one; it takes some of BeamRider,Breakout,"),
-        ("--games *", "--games *: there is no such one"),
-        ("--games Pong,", "ends in a comma"),
-        ("--algorithms a2c", "takes some of dqn,ppo"),
-        ("--activations relu,gelu", "--activations gelu: there is no such one; it takes some of relu,tanh,"),
-        ("--seeds one", "--seeds one: it takes whole numbers"),
-        ("--seeds 1,,2", "it takes whole numbers"),
-        ("--figure 2", "it takes some of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17"),
-        ("--figure 8 --algorithms dqn", "figure 8 needs none of these runs, only ppo"),
-        ("--runs-dir", "--runs-dir needs a value"),
-        ("--seed 1", "unknown flag --seed"),
-        ("-- --seed 4", "choose with --games, --activations and --seeds"),
-    ],
-)
-def test_what_jobs_refuses(arguments, message):
-    done = bash(ROOT / "scripts" / "jobs.sh", *arguments.split(), cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-# ---------------------------------------------------------------------------------------------- the job list
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["python standin.py", "python gone.py --seed 1"], "line 2: there is no gone.py"),
-        (["echo hello"], "line 1: echo hello: a job is one line `python <script>.py <flags>`"),
-        (["python standin.py; rm -rf x"], "a job is one line `python <script>.py <flags>`"),
-        (["python scripts/status.py"], "scripts/status.py is not a training script of this project"),
-        (["", "python standin.py --exp-name 'open"], "line 2: No closing quotation"),
-        (["python standin.py --seed 1 --overwrite"], "line 1: --overwrite would throw the run away"),
-        (["python standin.py --seed x"], "line 1: --seed and --total-timesteps take whole numbers"),
-        (["python standin.py --seed 1", "python standin.py --seed=01 --seconds 1"], "lines 1 and 2 are the same run"),
-        (["python standin.py --exp-name " + "n" * 250], "at most 251 bytes"),
-        (["# nothing", ""], "holds no job"),
-    ],
-)
-def test_a_list_that_cannot_be_run_is_refused_before_anything_starts(project, lines, message):
-    """One line on stderr, exit code 2, from each launcher. Would catch: half a sweep that ran before the bad line."""
-    file = job_list(project, *lines)
-    before = files(project)
-    slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
-    for done in (sweep(project, file), sweep(project, "--status", file), slurm):
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert done.stdout == ""
-    assert {path for path in files(project) if "__pycache__" not in str(path)} == before.keys()
-
-
-def test_other_bad_input(project):
-    for arguments, message in [
-        (["absent.txt"], "cannot read the job list"),
-        (["--jobs-per-gpu", "0", "x"], "--jobs-per-gpu takes a number from 1 on"),
-        (["--foo"], "unknown flag --foo"),
-        (["a", "b"], "one job list at a time"),
-        ([], "the job list on standard input holds no job"),
-    ]:
-        done = sweep(project, *arguments, cwd=project)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
-
-
-def test_status_says_how_it_is_called(project):
-    for arguments in ([], ["--plan"], ["a", "b"], ["--plan", "a", "1x"]):
-        done = subprocess.run(
-            [sys.executable, "scripts/status.py", *arguments], cwd=project, capture_output=True, text=True
-        )
-        assert (done.returncode, done.stdout) == (2, "")
-        assert (
-            done.stderr == "error: expected jobs.txt, or --plan jobs.txt and maybe numbers of its lines; see --help\n"
-        )
-
-
-def test_dry_run_does_nothing(project):
-    """Blank lines, comments, Windows line ends and repetitions are no jobs; tasks have the list's line numbers."""
-    file = job_list(project, "# all", "", "python standin.py --seed 1\r", "python standin.py --seed 1 # again",
-                    "  python standin.py --seed 2 --exp-name 'a b'")  # fmt: skip
-    before = files(project)
-    second = "python standin.py --seed 2 --exp-name 'a b'"
-    done = sweep(project, "--dry-run", file.name, cwd=project)
-    assert done.stdout.splitlines()[0] == "2 runs: 0 finished, 0 running already, 2 to run"
-    assert done.stdout.splitlines()[2:] == ["python standin.py --seed 1", second]
-    piped = sweep(project, "--dry-run", stdin=file.read_text())
-    assert piped.stdout == done.stdout
-    slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
-    assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
-    slurm = bash("scripts/sweep.slurm", "--dry-run", "-", cwd=project, stdin=file.read_text())
-    assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
-    status = sweep(project, "--status", file)
-    assert status.stdout.splitlines()[-1].startswith("2 runs: 0 finished, 0 running, 0 failed, 0 stopped, 2 waiting")
-    assert files(project) == before
-
-
-def test_status_of_every_state(project):
-    """Hand-made folders and logs; 30 and 10 steps a second and 100 to go at 20, one run at work."""
-    runs = project / "runs"
-    log = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
-    for seed, end in [
-        (1, " 90% 90/100 [00:03<00:00, 30.00step/s, last_100_games=1.56]\n=== 2026-01-01T00:00:09+00:00 exit 0\n"),
-        (2, "  1% 1/100 [00:03<00:00, ?step/s]\n 40% 40/100 [00:04<00:06, 10.00step/s]\n"),
-        (3, "error: no luck\n=== 2026-01-01T00:00:09+00:00 exit 1\n"),
-        (4, "=== 2026-01-01T00:00:09+00:00 exit 143\n"),
-        (5, "killed by a reboot, without a word\n"),
-    ]:
-        folder = runs / f"Game__standin__fine__{seed}"
-        (folder / "checkpoints").mkdir(parents=True)
-        (runs / ".sweep").mkdir(exist_ok=True)
-        (runs / ".sweep" / f"{folder.name}.log").write_text(log + end)
-    (runs / "Game__standin__fine__1" / "model.pt").write_text("weights")
-    (runs / "Game__standin__fine__4" / "checkpoints" / "0000000050.ckpt").touch()
-    file = job_list(project, *(f"python standin.py --seed {seed}" for seed in range(1, 7)))
-    with locked_by_another_process(runs / "Game__standin__fine__2"):
-        lines = sweep(project, "--status", file).stdout.splitlines()
-        assert "1 running already, 4 to run" in sweep(project, "--dry-run", file).stdout
-    # own speed 10: 60 steps, 6 s; of the others at 20: 50, 100 and 100 steps, 12.5 s
-    assert [line.split()[0] for line in lines[:6]] == ["finished", "running", "failed", "stopped", "stopped", "waiting"]
-    assert re.search(r"40 of 100 steps, 10 per second$", lines[1])
-    assert "exit code 1, see runs/.sweep/Game__standin__fine__3.log" in lines[2]
-    assert re.search(r"50 of 100 steps$", lines[3])
-    assert lines[6] == "6 runs: 1 finished, 1 running, 1 failed, 2 stopped, 1 waiting; about 18 s left"
-
-
-@pytest.mark.parametrize(
-    "log",
-    [
-        "error: no luck\n" * 20_000 + "=== 2026-01-01T00:00:09+00:00 exit 1\n",
-        "error: no luck\n=== 2026-01-01T00:00:09+00:00 exit 1\nand a child's last words\n",
-    ],
-)
-def test_a_failed_runs_status_whatever_its_log_holds(project, log):
-    """Would catch: a failed run shown as waiting or stopped, because of where its last lines are."""
-    file = project / "runs" / ".sweep" / "Game__standin__fine__1.log"
-    file.parent.mkdir(parents=True)
-    start = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
-    file.write_text(start + log)
-    done = sweep(project, "--status", job_list(project, "python standin.py"))
-    assert done.stdout.startswith("failed "), done.stdout
-
-
-# ------------------------------------------------------------------------------------------------ sweep.sh
+# ------------------------------------------------------------------------------------------------------------- sweep.sh
 
 
 def fake_gpus(folder, *free_megabytes):
@@ -422,6 +85,100 @@ def test_a_sweep_that_cannot_tell_what_came_of_its_runs_does_not_say_that_all_we
     assert "there is no gone.py" in done.stderr
     assert "cannot tell what came of the runs" in done.stderr
     assert "0 failed" not in done.stdout
+
+
+def test_a_full_disk_does_not_empty_the_list(project):
+    """No file can grow, as with a full TMPDIR. Would catch: here-strings with the whole list, which bash writes into a
+    file of TMPDIR; then the sweep ran nothing and exited with 0."""
+    lines = [f"python standin.py --seed {seed} --exp-name {'long' * 20}" for seed in range(880)]
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)), "restore_signals": False}
+    done = sweep(project, "--dry-run", job_list(project, *lines), **full)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[2:] == lines
+
+
+def test_an_empty_plan_is_an_error(project, tmp_path):
+    """Would catch: exit code 0 of a sweep that was told nothing about its jobs."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = sweep(project, job_list(project, "python standin.py"), env=environment([tmp_path / "bin"]))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: scripts/status.py says nothing about the jobs")
+
+
+def test_a_closed_standard_input(project):
+    """Would catch: a list read from the first file that bash opened instead, or a wait for ever."""
+    file = job_list(project, "python standin.py")
+    for arguments, code in (("", 2), (f"--dry-run {file.name}", 0)):
+        done = bash("-c", f"exec bash scripts/sweep.sh {arguments} <&-", cwd=project)
+        assert done.returncode == code, done.stderr
+        assert done.stderr == ("error: the job list on standard input holds no job\n" if code else "")
+
+
+def test_gpus_are_no_file_pattern(project):
+    """Would catch: CUDA_VISIBLE_DEVICES='*' taken for the files of the project's folder."""
+    file = job_list(project, "python standin.py")
+    done = sweep(project, "--dry-run", "--jobs-per-gpu", 1, file, env=environment(CUDA_VISIBLE_DEVICES="*"))
+    assert done.stdout.splitlines()[1].startswith("1 at once, 1 on each of the GPUs *, ")
+
+
+@needs_parallel
+def test_a_log_that_is_a_link_is_not_written_through(project):
+    """That job is refused with one line, the other one runs. Would catch: a launcher's line in somebody's file."""
+    logs = project / "runs" / ".sweep"
+    logs.mkdir(parents=True)
+    (project / "precious").write_text("mine\n")
+    (logs / f"{GAME}__standin__tanh-lan__1.log").symlink_to(project / "precious")
+    done = sweep(project, job_list(project, "python standin.py", "python standin.py --seed 2"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: line 1 is left out: cannot read runs/.sweep/")
+    assert done.stdout.splitlines()[-1] == "1 of 2 runs have finished, 1 failed"
+    assert (project / "precious").read_text() == "mine\n"
+    assert [run for run, *_ in notes(project, "begin")] == [f"{GAME}__standin__tanh-lan__2"]
+    alone = sweep(project, project / "jobs.txt")
+    assert alone.returncode == 1  # nothing left to run, and not all is well
+
+
+@needs_parallel
+def test_a_folder_whose_name_begins_with_a_dash(project):
+    """Would catch: a name taken for a flag of dirname, mkdir, tail or basename."""
+    done = sweep(project, job_list(project, "python standin.py --runs-dir=-x", "python standin.py --activation crash"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "invalid option" not in done.stdout + done.stderr
+    assert (project / "-x" / f"{GAME}__standin__tanh-lan__1" / "model.pt").exists()
+
+
+@needs_parallel
+def test_a_sweep_keeps_the_threads_that_its_runs_began_with(project):
+    """Would catch: a resumed run with today's count, which ends with other weights."""
+    for seed, threads in ((1, 7), (2, None)):
+        folder = project / "runs" / f"{GAME}__standin__tanh-lan__{seed}"
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text('{"state": "stopped", "step": 5}')
+        (folder / "begun").touch()
+        (folder / "config.json").write_text("{}" if threads is None else f'{{"threads": {threads}}}')
+    file = job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2, 3)))
+    done = sweep(project, "--jobs-per-gpu", 64, file)
+    assert (done.returncode, done.stderr) == (0, "")
+    used = {run[-1]: threads for run, *_, threads in notes(project, "begin")}
+    assert used == {"1": "7", "2": "1", "3": "1"}
+    resumed = [line for line in done.stdout.splitlines() if "CPU threads that it began with" in line]
+    assert len(resumed) == 1
+    assert resumed[0].endswith(f"with the 7 CPU threads that it began with, not 1: {GAME}__standin__tanh-lan__1")
+
+
+def test_a_slurm_task_keeps_the_threads_too(project, tmp_path):
+    """Would catch: --cpus-per-task of today."""
+    folder = project / "runs" / f"{GAME}__standin__tanh-lan__1"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "stopped", "step": 5}')
+    (folder / "config.json").write_text('{"threads": 3}')
+    process = slurm_task(project, tmp_path, "python standin.py", SLURM_CPUS_PER_TASK="1")
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert "with the 3 CPU threads that it began with, not 1" in output
+    assert [threads for *_, threads in notes(project, "begin")] == ["3"]
 
 
 def slurm_task(project, tmp_path, *lines, **variables):
@@ -466,7 +223,7 @@ def test_a_warning_at_any_moment_queues_the_task_again(project, tmp_path, delay)
 
 def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path):
     """Would catch: three failures against the lock; a list whose last lines have no task, silently."""
-    folder = project / "runs" / "Game__standin__fine__1"
+    folder = project / "runs" / "BreakoutNoFrameskip-v4__standin__tanh-lan__1"
     folder.mkdir(parents=True)
     (project / "runs" / ".sweep").mkdir()
     with locked_by_another_process(folder):
@@ -531,24 +288,26 @@ def test_crashes_hangs_and_kills(project):
     process = subprocess.Popen(
         command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    hung = project / "runs" / "Game__standin__hang__1" / "begun"
+    hung = project / "runs" / "BreakoutNoFrameskip-v4__standin__hang__1" / "begun"
     wait_until(lambda: hung.exists() and hung.read_text(), process)
     os.kill(int(hung.read_text()), signal.SIGKILL)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 2, output  # two runs failed
     assert output.splitlines()[-1] == "3 of 5 runs have finished, 2 failed"
-    assert "failed: python standin.py --activation crash\nruns/.sweep/Game__standin__crash__1.log ends with" in output
+    assert (
+        f"failed: python standin.py --activation crash\nruns/.sweep/{GAME}__standin__crash__1.log ends with" in output
+    )
     assert "    error: it crashed, as it does every time\n" in output
     begun = Counter(run for run, *_ in notes(project, "begin"))
     assert begun == {
-        "Game__standin__crash__1": 3,
-        "Game__standin__nothing__1": 1,
-        "Game__standin__hang__1": 2,
-        "Game__standin__kill9__1": 2,
+        "BreakoutNoFrameskip-v4__standin__crash__1": 3,
+        "BreakoutNoFrameskip-v4__standin__nothing__1": 1,
+        "BreakoutNoFrameskip-v4__standin__hang__1": 2,
+        "BreakoutNoFrameskip-v4__standin__kill9__1": 2,
     }
-    assert (other / "Game__a name__fine__1" / "model.pt").exists()
-    assert "exit 0" in (other / ".sweep" / "Game__a name__fine__1.log").read_text()
-    log = (project / "runs" / ".sweep" / "Game__standin__kill9__1.log").read_text()
+    assert (other / "BreakoutNoFrameskip-v4__a name__tanh-lan__1" / "model.pt").exists()
+    assert "exit 0" in (other / ".sweep" / "BreakoutNoFrameskip-v4__a name__tanh-lan__1.log").read_text()
+    log = (project / "runs" / ".sweep" / "BreakoutNoFrameskip-v4__standin__kill9__1.log").read_text()
     assert [word for word in re.findall(r"exit (\d+)", log)] == ["137", "0"]
     states = [line.split()[0] for line in sweep(project, "--status", file).stdout.splitlines()[:-1]]
     assert states == ["failed", "finished", "finished", "failed", "finished"]
@@ -585,8 +344,10 @@ def test_stopping_tells_each_training_once_and_leaves_none(project, how):
     os.close(terminal)
     assert process.wait(60) == 128 + (signal.SIGINT if how == "terminal" else how)
     assert b"stopped with 4 of 4 runs unfinished; the same command resumes them" in output
-    assert sorted(notes(project, "signalled")) == [[f"Game__standin__fine__{seed}", "15"] for seed in (0, 1)]
-    for run in ("Game__standin__fine__0", "Game__standin__fine__1"):
+    assert sorted(notes(project, "signalled")) == [
+        [f"BreakoutNoFrameskip-v4__standin__tanh-lan__{seed}", "15"] for seed in (0, 1)
+    ]
+    for run in ("BreakoutNoFrameskip-v4__standin__tanh-lan__0", "BreakoutNoFrameskip-v4__standin__tanh-lan__1"):
         with pytest.raises(ProcessLookupError):
             os.kill(int((project / "runs" / run / "begun").read_text()), 0)
     assert len(notes(project, "begin")) == 2
@@ -605,7 +366,7 @@ def test_without_gnu_parallel(project, tmp_path):
     assert not (project / "runs").exists()
 
 
-# ------------------------------------------------------------------------------------------------ real runs
+# ------------------------------------------------------------------------------------------------------------ real runs
 
 COMMON = "--metrics-frequency 0 --checkpoint-frequency"
 PPO = f"--total-timesteps 1536 --num-envs 4 --num-steps 32 --num-minibatches 2 --no-async-envs {COMMON} 256"
@@ -637,68 +398,64 @@ def outcome(runs_dir, name):
     return torch.load(folder / "model.pt", weights_only=True), events
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Outcomes of the runs that nobody disturbs."""
-    found = {}
+@contextlib.contextmanager
+def undisturbed(tmp_path, name):
+    """Trains the same beside what the test does; then compares its outcome with that of the run in `runs_dir`."""
+    line = shlex.split(real_jobs(tmp_path / "undisturbed", name)[0])
+    command = [sys.executable, *line[1:]]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL) as alone:
 
-    def get(name):
-        if name not in found:
-            runs_dir = tmp_path_factory.mktemp("undisturbed") / "runs"
-            script, flags = SCRIPTS[name]
-            names = ("--env-id", "PongNoFrameskip-v4", "--activation", "relu", "--seed", 1)
-            done = run_script(script, *names, "--runs-dir", runs_dir, *flags)
-            assert done.returncode == 0, done.stderr
-            found[name] = outcome(runs_dir, name)
-        return found[name]
+        def check(runs_dir):
+            assert alone.wait(200) == 0
+            weights, events = outcome(runs_dir, name)
+            expected_weights, expected_events = outcome(tmp_path / "undisturbed", name)
+            assert weights.keys() == expected_weights.keys()
+            assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
+            assert events == expected_events
 
-    return get
-
-
-def assert_undisturbed(runs_dir, name, undisturbed):
-    weights, events = outcome(runs_dir, name)
-    expected_weights, expected_events = undisturbed(name)
-    assert weights.keys() == expected_weights.keys()
-    assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
-    assert events == expected_events
+        try:
+            yield check
+        finally:
+            alone.kill()
 
 
 @needs_parallel
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path, undisturbed):
-    """One training is killed with -9 and resumes within the sweep; then the sweep is stopped and started again."""
+def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
+    """The training is killed with -9 and resumes within the sweep; then the sweep is stopped and started again."""
     runs_dir = tmp_path / "my runs"
-    (tmp_path / "jobs.txt").write_text("\n".join(real_jobs(runs_dir, "dqn", "ppo")) + "\n")
+    (tmp_path / "jobs.txt").write_text(real_jobs(runs_dir, "dqn")[0] + "\n")
     command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--jobs-per-gpu", "2", "jobs.txt"]
-    logs = {name: runs_dir / ".sweep" / f"{run_folder(runs_dir, name).name}.log" for name in SCRIPTS}
+    folder = run_folder(runs_dir, "dqn")
+    log = runs_dir / ".sweep" / f"{folder.name}.log"
 
     def start():
         return subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
 
-    process = start()
-    wait_until(lambda: checkpoint_step(runs_dir, "dqn") >= 200, process)
-    owner = (run_folder(runs_dir, "dqn") / ".lock").read_text()
-    os.kill(int(owner.split()[1]), signal.SIGKILL)
-    wait_until(lambda: "resumed at" in logs["dqn"].read_text(), process)
-    wait_until(lambda: checkpoint_step(runs_dir, "ppo") or "exit 0" in logs["ppo"].read_text(), process)
-    status = sweep(ROOT, "--status", tmp_path / "jobs.txt").stdout.splitlines()
-    assert status[0].startswith("running   PongNoFrameskip-v4__dqn_atari_lan__relu__1"), status
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=100)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert re.findall(r"exit (\d+)", logs["dqn"].read_text()) == ["137", "143"]
-    assert checkpoint_step(runs_dir, "dqn") % 200  # written on the signal
+    with undisturbed(tmp_path, "dqn") as check:
+        process = start()
+        wait_until(lambda: checkpoint_step(runs_dir, "dqn") >= 200, process)
+        os.kill(json.loads((folder / "status.json").read_text())["pid"], signal.SIGKILL)
+        wait_until(lambda: "resumed at" in log.read_text(), process)
+        status = sweep(ROOT, "--status", tmp_path / "jobs.txt").stdout.splitlines()
+        assert status[0].startswith(f"running     {folder.name} "), status
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 128 + signal.SIGTERM, output
+        assert re.findall(r"exit (\d+)", log.read_text()) == ["137", "143"]
+        assert checkpoint_step(runs_dir, "dqn") % 200  # written on the signal
+        status = sweep(ROOT, "--status", tmp_path / "jobs.txt").stdout.splitlines()
+        assert status[0].startswith(f"stopped     {folder.name} "), status
 
-    process = start()
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, output
-    assert output.splitlines()[-1].endswith("have finished, 0 failed")
-    for name in SCRIPTS:
-        assert_undisturbed(runs_dir, name, undisturbed)
+        process = start()
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+        assert output.splitlines()[-1] == "1 of 1 runs have finished, 0 failed"
+        check(runs_dir)
 
 
-# -------------------------------------------------------------------------------------------------- Slurm
+# ---------------------------------------------------------------------------------------------------------------- Slurm
 
 
 @pytest.fixture(scope="session")
@@ -773,11 +530,16 @@ def test_an_array_runs_its_lines_and_only_them(project, slurm):
         "6": ("COMPLETED", 0),
     }, array.output.read_text()
     begun = Counter((run, *rest[:-3]) for run, *rest in notes(project, "begin"))
-    assert begun == {("Game__standin__crash__1",): 3, ("Game__standin__kill9__1",): 2, ("Game__a", "name__fine__1"): 1}
+    assert begun == {
+        ("BreakoutNoFrameskip-v4__standin__crash__1",): 3,
+        ("BreakoutNoFrameskip-v4__standin__kill9__1",): 2,
+        ("BreakoutNoFrameskip-v4__a", "name__tanh-lan__1"): 1,
+    }
     status = sweep(project, "--status", file, env=array.environment).stdout.splitlines()
     assert [line.split()[0] for line in status[:-1]] == ["failed", "finished", "finished"]
     assert (
-        f"as Slurm job {array.id}_3 with " in (project / "runs" / ".sweep" / "Game__standin__crash__1.log").read_text()
+        f"as Slurm job {array.id}_3 with "
+        in (project / "runs" / ".sweep" / f"{GAME}__standin__crash__1.log").read_text()
     )
 
     again = Array(project, file, slurm)  # the same command: what has finished is not begun again
@@ -805,7 +567,7 @@ def test_sbatch_from_elsewhere_and_a_bad_list_say_what_is_wrong(project, tmp_pat
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_a_requeued_and_a_warned_real_run_end_like_an_undisturbed_one(tmp_path, slurm, undisturbed):
+def test_a_requeued_and_a_warned_real_run_end_like_an_undisturbed_one(tmp_path, slurm):
     """`scontrol requeue`, as a preemption would, then the signal that comes ahead of the time limit. Would catch: a
     training told twice, which leaves without a checkpoint; a task that takes the warning for a failure."""
     runs_dir = tmp_path / "runs"
@@ -814,24 +576,25 @@ def test_a_requeued_and_a_warned_real_run_end_like_an_undisturbed_one(tmp_path, 
     array = Array(ROOT, file, slurm)
     log = runs_dir / ".sweep" / f"{run_folder(runs_dir, 'ppo').name}.log"
 
-    wait_until(lambda: checkpoint_step(runs_dir, "ppo") >= 256)
-    status = sweep(ROOT, "--status", file, env=array.environment).stdout
-    assert status.startswith("running"), status
-    array.call("scontrol", "requeue", f"{array.id}_1")
-    wait_until(lambda: "exit 143" in log.read_text())
-    first = checkpoint_step(runs_dir, "ppo")
-    array.start_requeued("1")
-    wait_until(lambda: checkpoint_step(runs_dir, "ppo") > first)
-    array.call("scancel", "--batch", "--signal=USR1", f"{array.id}_1")
-    wait_until(lambda: "out of time, queued again to resume" in array.output.read_text())
-    second = checkpoint_step(runs_dir, "ppo")
-    status = sweep(ROOT, "--status", file, env=array.environment).stdout
-    assert status.startswith("waiting"), status
-    array.start_requeued("1")
-    array.wait()
-    assert array.states() == {"1": ("COMPLETED", 0)}, array.output.read_text() + log.read_text()
-    text = log.read_text()
-    assert re.findall(r"exit (\d+)", text) == ["143", "143", "0"]
-    assert re.findall(r"resumed at ([\d,]+)", text) == [f"{first:,}", f"{second:,}"]
-    assert text.count("stopped by SIGTERM") == 2
-    assert_undisturbed(runs_dir, "ppo", undisturbed)
+    with undisturbed(tmp_path, "ppo") as check:
+        wait_until(lambda: checkpoint_step(runs_dir, "ppo") >= 256)
+        status = sweep(ROOT, "--status", file, env=array.environment).stdout
+        assert status.startswith("running"), status
+        array.call("scontrol", "requeue", f"{array.id}_1")
+        wait_until(lambda: "exit 143" in log.read_text())
+        first = checkpoint_step(runs_dir, "ppo")
+        array.start_requeued("1")
+        wait_until(lambda: checkpoint_step(runs_dir, "ppo") > first)
+        array.call("scancel", "--batch", "--signal=USR1", f"{array.id}_1")
+        wait_until(lambda: "out of time, queued again to resume" in array.output.read_text())
+        second = checkpoint_step(runs_dir, "ppo")
+        status = sweep(ROOT, "--status", file, env=array.environment).stdout
+        assert status.startswith("waiting"), status
+        array.start_requeued("1")
+        array.wait()
+        assert array.states() == {"1": ("COMPLETED", 0)}, array.output.read_text() + log.read_text()
+        text = log.read_text()
+        assert re.findall(r"exit (\d+)", text) == ["143", "143", "0"]
+        assert re.findall(r"resumed at ([\d,]+)", text) == [f"{first:,}", f"{second:,}"]
+        assert text.count("stopped by SIGTERM") == 2
+        check(runs_dir)

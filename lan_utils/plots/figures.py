@@ -1,0 +1,568 @@
+"""Every figure that is drawn of runs. One entry of FIGURES adds a figure; which runs it takes stands in `study.py`."""
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MultipleLocator, PercentFormatter
+from scipy import stats
+
+from lan_utils import study
+from lan_utils.plots.events import open_regular, write_whole
+from lan_utils.plots.results import Results
+from lan_utils.plots.statistics import LAST_GAMES, Curves, line_and_band
+
+DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
+KDE_NEURONS = 16  # of Fig. 4, 10 and 11
+WIDTH = study.ACTIVATIONS["tanh"].width  # of the representation, for the right-hand axis of ranks
+MAX_ACTIVATIONS = 256 * 2**20  # bytes of one array of activations.npz, unpacked
+MAX_VALUE = 1e9  # of an activation; above, the jitter of the density vanishes in rounding
+
+# Probability that a product of two neurons dies, each of which dies with probability p (paper, Table 1).
+LAN_LAWS = {
+    "tanh": ("$p^2$", lambda p: p**2),
+    "sigmoid": ("$p$", lambda p: p),
+    "relu": ("$2p - p^2$", lambda p: 2 * p - p**2),
+}
+AXES = {
+    "score": "return (last 100 games)",
+    "normalized_score": "normalised score",
+    "human_normalized_score": "human-normalised score",
+    "dead_neurons": "dead neurons (KDE)",
+    "std_dead_neurons": "dead neurons (std < 0.001)",
+    "dead_neurons_scaled": "dead neurons (KDE, scaled)",
+    "effective_rank": "effective rank",
+    "effective_rank_centred": "effective rank, centred",
+    "dead_factors": "dead neurons of the factors",
+}
+LOOK = {
+    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
+    **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+    **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
+    **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
+    **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
+}
+BLACK, GREY, LIGHT = "#000000", "#666666", "#BBBBBB"
+STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
+
+Drawing = tuple[Figure | None, list[str]]  # None where there is nothing to draw; and what is missing from it
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure: how it is drawn, of which runs, and its caption."""
+
+    draw: Callable[[Results, "Plot"], Drawing]
+    caption: str
+    runs: study.Runs
+    quantities: tuple[str, ...] = ()  # one panel each
+
+
+def shown_activations(results: Results, plot: Plot) -> list[str]:
+    """The figure's; in one of the main set, also those that no figure of the study shows."""
+    shown = list(plot.runs.activations)
+    if plot.runs.activations == study.MAIN:
+        drawn = results.drawn
+        found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
+        shown += sorted(found - activations_of_study(plot.runs.algorithm) - set(shown))
+    return shown
+
+
+def activations_of_study(algorithm: str) -> set[str]:
+    """Those that its figures show; none for an algorithm that has no figure."""
+    return {name for runs in study.FIGURES.values() if runs.algorithm == algorithm for name in runs.activations}
+
+
+def axis_label(quantity: str) -> str:
+    """What stands beside the axis; a quantity that nobody has named yet under its own name."""
+    return AXES.get(quantity, quantity.replace("_", " "))
+
+
+def plain(text: str, longest: int = 32) -> str:
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, and nothing is endless."""
+    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+
+
+def label_of(activation: str) -> str:
+    return plain(study.style(activation).label)
+
+
+def look_of(activation: str) -> dict[str, Any]:
+    style = study.style(activation)
+    return {"color": style.color, "linestyle": style.dashes}
+
+
+def plural(runs: int) -> str:
+    return f"{runs} run{'s' * (runs != 1)}"
+
+
+# ------------------------------------------------------------------------------------------------ curves
+
+
+def count(curves: Curves) -> int:
+    return sum(map(len, curves.values()))
+
+
+def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, **style: Any) -> None:
+    """Line and band."""
+    line, band = line_and_band(curves)
+    axes.plot(grid, line, **style)
+    if band is not None:
+        axes.fill_between(grid, line - band, line + band, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_lines(
+    axes: Axes, results: Results, plot: Plot, quantity: str, game: str | None = None, **style: Any
+) -> list[str]:
+    """A line and a band per activation; returns the activations without runs."""
+    algorithm = plot.runs.algorithm
+    groups = {name: results.select_curves(algorithm, name, quantity, game) for name in shown_activations(results, plot)}
+    games = {found for curves in groups.values() for found in curves}
+    for activation, curves in groups.items():
+        if not curves:
+            continue
+        label = f"{label_of(activation)}, {plural(count(curves))}"
+        if len(curves) < len(games):
+            label += f", {len(curves)} of {len(games)} games"
+        draw_group(axes, results.grid(algorithm), curves, **(look_of(activation) | {"label": label} | style))
+    finish_axes(axes, results.lengths[algorithm], quantity)
+    return [activation for activation, curves in groups.items() if not curves]
+
+
+def finish_axes(axes: Axes, length: int, quantity: str) -> None:
+    axes.set(xlim=(0, length), xlabel="agent steps", ylabel=axis_label(quantity))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.locator_params(axis="x", nbins=5)
+    if "dead" in quantity:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif "rank" in quantity:
+        axes.set_ylim(bottom=0)
+        share = axes.secondary_yaxis("right", functions=(lambda rank: rank / WIDTH, lambda share: share * WIDTH))
+        share.set_ylabel("rank / width")
+        share.spines["right"].set_visible(True)
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+    """Below the panels: in one row where it fits the figure's width, else in columns that do."""
+    widths = [0.45 + 0.05 * len(label) for _, label in entries]  # inches, about
+    columns = len(entries) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
+    handles, labels = zip(*entries, strict=True)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(columns, 1))
+
+
+def draw_panels(results: Results, plot: Plot) -> Drawing:
+    """One panel per quantity, side by side, with one legend."""
+    panels = len(plot.quantities)
+    figure = Figure((3.4, 2.9) if panels == 1 else (2.6 * panels, 2.6), layout="constrained")
+    legend: dict[str, Any] = {}
+    missing: dict[str, list[str]] = {}
+    shown = shown_activations(results, plot)
+    for axes, quantity in zip(figure.subplots(1, panels, squeeze=False)[0], plot.quantities, strict=True):
+        missing[quantity] = draw_lines(axes, results, plot, quantity)
+        handles, labels = axes.get_legend_handles_labels()
+        for label, handle in zip(labels, handles, strict=True):
+            legend.setdefault(label, handle)
+        if quantity == "dead_neurons" and "std_dead_neurons" not in plot.quantities:
+            draw_lines(axes, results, plot, "std_dead_neurons", label=None, **STD_DEAD)
+            legend[STD_DEAD_LABEL] = Line2D([], [], color=GREY, **STD_DEAD)
+            axes.set_ylabel(axis_label(quantity))
+    if all(len(names) == len(shown) for names in missing.values()):
+        return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in plot.quantities)}"]
+    order = sorted(legend, key=lambda label: label == STD_DEAD_LABEL)
+    add_legend(figure, [(legend[label], label) for label in order])
+    return figure, [f"no {label_of(name)}" for name in shown if any(name in names for names in missing.values())]
+
+
+def draw_study(results: Results, plot: Plot) -> Drawing:
+    """`draw_panels` of what there is: the return as it is where there is one game, normalised where there are more."""
+    algorithm = plot.runs.algorithm
+    drawn = results.drawn
+    games = set(drawn.loc[drawn["algorithm"] == algorithm, "game"])
+    quantities = ["score" if len(games) == 1 else plot.quantities[0], *plot.quantities[1:]]
+    shown = shown_activations(results, plot)
+    kept = [name for name in quantities if any(results.select_curves(algorithm, each, name) for each in shown)]
+    if not kept:
+        return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in quantities)}"]
+    figure, missing = draw_panels(results, Plot(plot.draw, plot.caption, plot.runs, tuple(kept)))
+    if figure is not None and kept[0] == "score":
+        figure.axes[0].set_ylabel(f"return in {plain(next(iter(games)))}")
+    return figure, missing + [f"no {axis_label(quantity)}" for quantity in quantities if quantity not in kept]
+
+
+def draw_games(results: Results, plot: Plot) -> Drawing:
+    """Every game on its own: the score as it is."""
+    shown = shown_activations(results, plot)
+    groups = {name: results.select_curves(plot.runs.algorithm, name, "score") for name in shown}
+    games = sorted({game for curves in groups.values() for game in curves})
+    if not games:
+        return None, ["no run with a score"]
+    columns = min(len(games), 4)
+    rows = -(-len(games) // columns)
+    figure = Figure((max(3.4, 1.9 * columns), max(2.9, 1.6 * rows + 0.6)), layout="constrained")
+    missing = []
+    for place, game in enumerate(games):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        missing += [f"no {label_of(name)} in {game}" for name in draw_lines(axes, results, plot, "score", game)]
+        axes.set_title(plain(game))
+        axes.locator_params(axis="x", nbins=3 if columns > 1 else 5)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("agent steps" if place + columns >= len(games) else "")
+        axes.set_ylabel("" if place % columns else "return")
+    handles = []
+    for activation, curves in groups.items():
+        if curves:
+            fewest, most = min(map(len, curves.values())), max(map(len, curves.values()))
+            each = plural(most) if fewest == most else f"{fewest} to {most} runs"
+            handles.append(Line2D([], [], **look_of(activation), label=f"{label_of(activation)}, {each} a game"))
+    add_legend(figure, [(handle, handle.get_label()) for handle in handles])
+    return figure, missing
+
+
+# --------------------------------------------------------------------------------------------- densities
+
+
+def density(activations: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A neuron's kernel density estimate (paper, Appendix B.1): jitter of variance 1e-5, Scott's rule.
+
+    Args:
+        activations: (n,), finite.
+
+    Returns:
+        Activations, ascending, and the density there.
+    """
+    samples = activations + np.sqrt(1e-5) * rng.standard_normal(len(activations))
+    kde = stats.gaussian_kde(samples)  # its default bandwidth is Scott's rule
+    reach = 3 * np.sqrt(kde.covariance[0, 0])
+    even = np.linspace(samples.min() - reach, samples.max() + reach, 150)
+    # Quantiles find a peak that is narrower than the steps of any even grid.
+    x = np.union1d(even, np.quantile(samples, np.linspace(0, 1, 75)))
+    return x, kde(x)
+
+
+LAYERS = {"z": "$z$", "z_enc": "$z^{enc}$", "z_star": "$z^*$"}
+FACTOR_STYLES = {"z_enc": ("#7A3500", "-"), "z_star": ("#F2A366", (0, (4, 1)))}
+
+
+def read_layer(archive: zipfile.ZipFile, layer: str) -> np.ndarray:
+    """The first KDE_NEURONS neurons of an array of activations.npz, (n, neurons) float64.
+
+    Raises:
+        ValueError: it is none of activations; its header says so before anything is unpacked.
+    """
+    with archive.open(f"{layer}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, is_fortran, dtype = read_header[version](file)
+        if dtype.kind != "f" or len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
+            raise ValueError(f"{layer} is no matrix of activations")
+        size = shape[0] * shape[1] * dtype.itemsize
+        if size > MAX_ACTIVATIONS:
+            raise ValueError(f"{layer} unpacks to {size / 1e9:,.1f} GB")
+        values = np.frombuffer(file.read(size), dtype).reshape(shape, order="F" if is_fortran else "C")
+    values = values[:, :KDE_NEURONS].astype(float)
+    if not (np.abs(values) < MAX_VALUE).all():  # NaN neither
+        raise ValueError(f"{layer} holds values that no activation has")
+    return values
+
+
+def read_activations(
+    results: Results, runs: study.Runs, activation: str, layers: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """{layer: (n, neurons)} of the lowest seed's run that has a whole activations.npz, {} without one; and what was
+    wrong with the others'."""
+    drawn = results.drawn
+    wanted = (drawn["algorithm"] == runs.algorithm) & (drawn["activation"] == activation)
+    wanted &= drawn["game"].isin(runs.games)
+    problems = []
+    for name in drawn[wanted].sort_values("seed")["run"]:
+        try:
+            with open_regular(results.folders[name] / "activations.npz") as file, zipfile.ZipFile(file) as archive:
+                return {layer: read_layer(archive, layer) for layer in layers}, problems
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # truncated, another program's: zip files fail in many ways
+            problems.append(f"{name}: activations.npz: {getattr(error, 'strerror', None) or error}")
+    return {}, problems
+
+
+def draw_densities(results: Results, plot: Plot) -> Drawing:
+    """Blocks of 4 x 4 neurons; a quantity names the activation and the layers of a block."""
+    blocks, missing = [], []
+    for activation, *layers in map(str.split, plot.quantities):
+        sample, problems = read_activations(results, plot.runs, activation, layers)
+        if sample:
+            blocks.append((activation, sample))
+        else:
+            missing.append(f"no {label_of(activation)} run on {plot.runs.games[0]} with a whole activations.npz")
+        missing += problems
+    missing = list(dict.fromkeys(missing))
+    if not blocks:
+        return None, missing
+    columns = 2 if len(blocks) == 4 else len(blocks)
+    rows = -(-len(blocks) // columns)
+    figure = Figure((2.4 * columns, 2.7 * rows))
+    parts = figure.subfigures(rows, columns, squeeze=False).flat
+    for part, (activation, sample) in zip(parts, blocks, strict=True):
+        draw_block(part, activation, sample)
+    return figure, missing
+
+
+def draw_block(part: SubFigure, activation: str, sample: dict[str, np.ndarray]) -> None:
+    """4 x 4 cells, drawn into one pair of axes: sixteen of them would be slow."""
+    everything = np.concatenate([layer.ravel() for layer in sample.values()])
+    low, high, ticks = {"tanh": (-1.25, 1.25, (-1, 0, 1)), "sigmoid": (-0.15, 1.15, (0, 1))}.get(
+        activation.split("-")[0], (everything.min() - 0.1, everything.max() + 0.1, (0,))
+    )
+    pitch, height = 1.12, 0.72  # of the cells, which are 1 x 1; of a peak
+    axes = part.add_axes((0.04, 0.1, 0.92, 0.82))
+    axes.set(xlim=(-0.05, 3 * pitch + 1.05), ylim=(-0.15, 3 * pitch + 1.05))
+    axes.set_axis_off()
+    for neuron in range(KDE_NEURONS):
+        left, bottom = pitch * (neuron % 4), pitch * (3 - neuron // 4)
+        dead = []
+        for layer, values in sample.items():
+            if neuron >= values.shape[1]:
+                continue
+            x, f = density(values[:, neuron], np.random.default_rng(neuron))
+            dead.append(f.max() >= DEAD_THRESHOLD)
+            colour, dashes = FACTOR_STYLES.get(layer, (study.style(activation).color, "-"))
+            shown = (low <= x) & (x <= high)
+            x, f = left + (x[shown] - low) / (high - low), bottom + height * f[shown] / f.max()
+            axes.plot(x, f, color=colour, linestyle=dashes, linewidth=0.9)
+            if not dead[-1]:
+                axes.fill_between(x, bottom, f, color=colour, alpha=0.18, linewidth=0)
+        if dead and all(dead):
+            axes.fill_between([left, left + 1], bottom, bottom + 1, color="#F3EAEA", linewidth=0, zorder=0)
+        axes.plot([left, left, left + 1], [bottom + 1, bottom, bottom], color=BLACK, linewidth=0.8)
+        axes.text(left + 0.04, bottom + 0.97, str(neuron + 1), va="top", fontsize=5, color=GREY)
+        if any(dead):
+            word = "dead" if all(dead) else "one dead"
+            axes.text(left + 0.98, bottom + 0.97, word, va="top", ha="right", fontsize=5, color="#A00000")
+        for tick in ticks if bottom == 0 else ():
+            place = left + (tick - low) / (high - low)
+            axes.plot([place, place], [-0.03, 0], color=BLACK, linewidth=0.8)
+            axes.text(place, -0.05, f"{tick}".replace("-", "\u2212"), va="top", ha="center", fontsize=5.5)
+    part.suptitle(f"{label_of(activation)}: {' and '.join(LAYERS[layer] for layer in sample)}", y=0.98)
+    if len(sample) > 1:
+        styles = {LAYERS[layer]: FACTOR_STYLES[layer] for layer in sample}
+        handles = [Line2D([], [], color=style[0], linestyle=style[1], label=label) for label, style in styles.items()]
+        part.legend(handles=handles, loc="lower center", ncols=2, borderaxespad=0)
+
+
+def draw_dying(results: Results, plot: Plot) -> Drawing:
+    """For each f: dead neurons over training without and with a LaN, and below it the law of Table 1."""
+    groups = {name: results.select_curves(plot.runs.algorithm, name, "dead_neurons") for name in plot.runs.activations}
+    missing = [f"no {label_of(name)}" for name, curves in groups.items() if not curves]
+    if len(missing) == len(groups):
+        return None, ["no run with dead neurons"]
+    grid = results.grid(plot.runs.algorithm)
+    figure = Figure((6.9, 4.6), layout="constrained")
+    handles = []
+    for column, (base, (formula, law)) in enumerate(LAN_LAWS.items()):
+        lan = f"{base}-lan"
+        factors = results.select_curves(plot.runs.algorithm, lan, "dead_factors")
+        top, bottom = figure.add_subplot(2, 3, column + 1), figure.add_subplot(2, 3, column + 4)
+        for activation in (base, lan):
+            look = look_of(activation)
+            if curves := groups[activation]:
+                draw_group(top, grid, curves, **look)
+                label = f"{label_of(activation)}, {plural(count(curves))}"
+                handles.append(Line2D([], [], **look, label=label))
+            if curves := results.select_curves(plot.runs.algorithm, activation, "std_dead_neurons"):
+                draw_group(top, grid, curves, color=look["color"], **STD_DEAD)
+        if factors:
+            draw_group(top, grid, factors, color=LIGHT, linestyle="-", zorder=1, linewidth=2.4)
+        finish_axes(top, results.lengths[plot.runs.algorithm], "dead_neurons")
+        top.set_title(f"{label_of(base)} without and with a LaN")
+
+        p = np.linspace(0, 1, 101)
+        bottom.plot(p, p, color=LIGHT, linewidth=0.8, linestyle="--")
+        bottom.plot(p, law(p), color=BLACK, linewidth=1.0)
+        bottom.set_title(f"predicted: {formula}")
+        colour = study.style(lan).color
+        for game, seeds in factors.items():
+            for seed, factor in seeds.items():
+                z = groups[lan].get(game, {}).get(seed)
+                measured = np.flatnonzero(np.isfinite(factor + z)) if z is not None else []
+                if len(measured):
+                    last = measured[-1]
+                    bottom.plot(factor[measured[::25]], z[measured[::25]], ".", markersize=1.5, color=colour, alpha=0.3)
+                    dot = {"color": colour, "markersize": 3.5, "markeredgewidth": 0.5}
+                    bottom.plot(factor[last], z[last], "o", markeredgecolor="white", **dot)
+                    single = groups[base].get(game, {}).get(seed)
+                    if single is not None:
+                        bottom.plot(single[last], z[last], "s", fillstyle="none", **dot)
+        bottom.set(
+            xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="dead without product, $p$", ylabel="dead neurons of $z$"
+        )
+        for axis in (bottom.xaxis, bottom.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_major_locator(MultipleLocator(0.25))
+        if column:
+            top.set_ylabel("")
+            bottom.set_ylabel("")
+    handles += [
+        Line2D([], [], color=GREY, label=STD_DEAD_LABEL, **STD_DEAD),
+        Line2D([], [], color=LIGHT, linewidth=2.4, label="the LaN's factors, mean"),
+        Line2D([], [], color=BLACK, linewidth=1.0, label="predicted (Table 1)"),
+        Line2D([], [], color=GREY, marker="o", linestyle="", markersize=3.5, label="$p$ of the LaN's factors"),
+        Line2D(
+            [], [], color=GREY, marker="s", linestyle="", markersize=3.5, fillstyle="none", label="$p$ without a LaN"
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure, missing
+
+
+BAND = "Line: mean over games and seeds; band: standard deviation over seeds of the mean over games."
+SCORE = f"Scores are the mean of the last {LAST_GAMES} games; 0 and 1 are the lowest and highest point of ReLU's curve."
+RANKS = "Effective rank (99 % of the singular values' sum) of z; right-hand axis: as a share of the 512 neurons."
+CENTRED = "Left: of z as it is, as in the paper; right: of z minus each neuron's mean."
+GAME_SCORE = f"Mean return of the last {LAST_GAMES} games. Line and band: mean and standard deviation over seeds."
+DENSITY = (
+    f"Kernel densities of neurons 1 to {KDE_NEURONS} after training DQN on {study.FIGURES['4'].games[0]} (lowest "
+    f"seed), each scaled to its own peak; dead: the peak reaches {DEAD_THRESHOLD:.0f}."
+)
+STUDY = (
+    f"Left: mean return of the last {LAST_GAMES} games, normalised by ReLU where there are several games (0 and 1: the "
+    "lowest and highest point of ReLU's curve). Middle: dead neurons of z by the paper's kernel density, dotted by a "
+    f"standard deviation below 0.001. Right: effective rank of z, and as a share of its 512 neurons. {BAND}"
+)
+STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "effective_rank")
+RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
+NORMALIZED = ("normalized_score",)
+
+# One entry adds a figure; its name is its file's. `study.FIGURES` says of which runs.
+FIGURES = {
+    "study_dqn": Plot(draw_study, f"DQN: return, dead neurons, rank. {STUDY}", study.FIGURES["5a"], STUDY_QUANTITIES),
+    "study_ppo": Plot(draw_study, f"PPO: return, dead neurons, rank. {STUDY}", study.FIGURES["8"], STUDY_QUANTITIES),
+    "fig01_dqn_relu_tanh": Plot(
+        draw_panels,
+        f"DQN with a ReLU or a tanh representation. {SCORE} {BAND}",
+        study.FIGURES["1"],
+        NORMALIZED,
+    ),
+    "fig04_dqn_densities": Plot(
+        draw_densities,
+        f"Representation z without and with a LaN. {DENSITY}",
+        study.FIGURES["4"],
+        ("tanh z", "tanh-lan z"),
+    ),
+    "fig05a_dqn_normalized": Plot(draw_panels, f"DQN. {SCORE} {BAND}", study.FIGURES["5a"], NORMALIZED),
+    "fig05b_dqn_ablations": Plot(
+        draw_panels,
+        f"DQN against layer normalisation and twice the width. {SCORE} {BAND}",
+        study.FIGURES["5b"],
+        NORMALIZED,
+    ),
+    "fig06a_dqn_dead_neurons": Plot(
+        draw_panels,
+        "Dead neurons of z while DQN trains: by the paper's kernel density (left), which depends on the activation's "
+        "scale; by a standard deviation below 0.001 (middle); and by the kernel density after dividing z by the "
+        f"layer's typical standard deviation (right). {BAND}",
+        study.FIGURES["6"],
+        ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled"),
+    ),
+    "fig06b_dqn_effective_rank": Plot(
+        draw_panels, f"DQN. {RANKS} {CENTRED} {BAND}", study.FIGURES["6"], RANK_QUANTITIES
+    ),
+    "fig07_dqn_variants": Plot(
+        draw_panels,
+        f"DQN with SELU, a sum of two tanh layers (+LaN) and a product of three (2×LaN). {SCORE} {BAND}",  # noqa: RUF001
+        study.FIGURES["7"],
+        NORMALIZED,
+    ),
+    "fig08a_ppo_normalized": Plot(draw_panels, f"PPO. {SCORE} {BAND}", study.FIGURES["8"], NORMALIZED),
+    "fig08b_ppo_effective_rank": Plot(
+        draw_panels, f"PPO. {RANKS} {CENTRED} {BAND}", study.FIGURES["8"], RANK_QUANTITIES
+    ),
+    "fig10_dqn_factor_densities": Plot(
+        draw_densities,
+        f"The factors of a LaN, their product, and tanh without a LaN. {DENSITY}",
+        study.FIGURES["10"],
+        ("tanh-lan z_enc z_star", "tanh-lan z", "tanh z"),
+    ),
+    "fig11_dqn_sigmoid_densities": Plot(
+        draw_densities,
+        f"Representation z of tanh and sigmoid, without and with a LaN. {DENSITY}",
+        study.FIGURES["11"],
+        ("tanh z", "tanh-lan z", "sigmoid z", "sigmoid-lan z"),
+    ),
+    "fig13_dqn_dying_probability": Plot(
+        draw_dying,
+        "What a LaN does to dying neurons in trained networks (kernel density). Top: dead neurons while DQN trains, "
+        "of a single layer, of a LaN and of its factors (dotted: by standard deviation). Bottom: dead neurons of the "
+        "LaN against those of its factors (small dots: during training, large dots: after it) and of the same seed's "
+        "single layer after training (squares); line: Table 1, of independent neurons; dashed: no change.",
+        study.FIGURES["13"],
+    ),
+    "fig14_dqn_relu_lan": Plot(
+        draw_panels,
+        f"DQN with ReLU, without and with a LaN: score, dead neurons, effective rank. {SCORE} {BAND}",
+        study.FIGURES["14"],
+        STUDY_QUANTITIES,
+    ),
+    "fig15_dqn_human_normalized": Plot(
+        draw_panels,
+        f"DQN; 0 and 1 are a random and a human player's score in each game. {BAND}",
+        study.FIGURES["15"],
+        ("human_normalized_score",),
+    ),
+    "fig16_dqn_games": Plot(draw_games, f"DQN in every game. {GAME_SCORE}", study.FIGURES["16"]),
+    "fig17_ppo_games": Plot(draw_games, f"PPO in every game. {GAME_SCORE}", study.FIGURES["17"]),
+}
+
+
+def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
+    """FIGURES, and two of every algorithm that has none there."""
+    figures = dict(FIGURES)
+    for algorithm in algorithms:
+        if activations_of_study(algorithm):
+            continue
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", algorithm)[:60]
+        while f"study_{name}" in figures:  # of another algorithm, whose name differs in what no file's name may hold
+            name += "-"
+        runs = study.Runs(algorithm)
+        figures[f"study_{name}"] = Plot(
+            draw_study, f"{algorithm}: return, dead neurons, rank. {STUDY}", runs, STUDY_QUANTITIES
+        )
+        figures[f"games_{name}"] = Plot(draw_games, f"{algorithm} in every game. {GAME_SCORE}", runs)
+    return figures
+
+
+def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> tuple[bytes, str]:
+    """Write a figure as <name>.png and <name>.pdf.
+
+    Returns:
+        The PNG, b"" where there is nothing to draw; and what is missing from it, "" if nothing is.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if plot.runs.algorithm not in results.lengths:
+        return b"", f"not drawn, no {plot.runs.algorithm.upper()} run"
+    with matplotlib.rc_context(LOOK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a game's name in a script that the font lacks
+        figure, missing = plot.draw(results, plot)
+        if figure is None:
+            return b"", f"not drawn, {', '.join(missing)}"
+        if engine := figure.get_layout_engine():
+            engine.execute(figure)
+            figure.set_layout_engine("none")  # laid out once, for both files
+        for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, metadata=metadata)
+            write_whole(out_dir / f"{name}.{suffix}", buffer.getvalue())
+    return buffer.getvalue(), f"drawn in part, {', '.join(missing)}" if missing else ""

@@ -1,0 +1,329 @@
+"""Tables, and the files that hold them: results.csv, curves.csv.gz, claims.csv, results.md, index.html."""
+
+import base64
+import gzip
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from lan_utils import study
+from lan_utils.plots.events import write_whole
+from lan_utils.plots.figures import Plot
+from lan_utils.plots.results import GRID_POINTS, Results, Run, activations_of, algorithms_of, missing_runs
+from lan_utils.plots.statistics import (
+    LAST_GAMES,
+    RESAMPLES,
+    ByGame,
+    aggregates,
+    interval,
+    line_and_band,
+    paired_difference,
+    probability_of_improvement,
+    verdict,
+)
+
+CURVE_STRIDE = 5  # 201 points of a curve are written
+NOTHING = "–"  # noqa: RUF001
+TABLES = ("results.csv", "curves.csv.gz", "claims.csv", "results.md")  # files of `--only tables`; index.html needs all
+
+
+@dataclass
+class Table:
+    """A table to read."""
+
+    name: str  # on the page
+    title: str
+    note: str
+    cells: pd.DataFrame  # of text; the page sorts by the number that a cell begins with
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+# The paper's claims about activations: quantity, first, relation, second, and when they are compared.
+END, MEAN = "end", "mean over training"
+CLAIMS = (
+    *(
+        (quantity, first, ">", second, END)
+        for quantity in ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled", "dormant_neurons")
+        for first, second in (("relu", "tanh"), ("tanh", "tanh-lan"))
+    ),
+    *(
+        (quantity, first, ">", second, when)
+        for quantity in ("effective_rank", "effective_rank_centred")
+        for first, second in (("tanh-lan", "tanh"), ("tanh", "relu"))
+        for when in (END, MEAN)
+    ),
+    # "Saturates more slowly".
+    *((quantity, "tanh-lan", "<", "tanh", MEAN) for quantity in ("dead_neurons", "std_dead_neurons")),
+    ("dead_neurons_scaled", "tanh-lan", "<", "tanh", MEAN),
+)
+RETURN_CLAIMS = (("tanh-lan", ">", "tanh"), ("tanh-lan", ">=", "relu"))
+CLAIM_COLUMNS = (*("algorithm", "claim", "quantity", "when", "games", "difference", "low", "high", "pairs", "verdict"),)
+
+
+def pair(first: ByGame, second: ByGame) -> dict[str, dict[int, float]]:
+    """First minus second where both have the game and the seed."""
+    return {
+        game: {
+            seed: first[game][seed] - second[game][seed] for seed in sorted(first[game].keys() & second[game].keys())
+        }
+        for game in sorted(first.keys() & second.keys())
+    }
+
+
+def pair_of_means(
+    results: Results, algorithm: str, quantity: str, first: str, second: str
+) -> dict[str, dict[int, float]]:
+    """Mean over training of first minus second, over the agent steps at which both runs have a value."""
+    curves, others = (results.select_curves(algorithm, name, quantity) for name in (first, second))
+    found: dict[str, dict[int, float]] = {}
+    for game in sorted(curves.keys() & others.keys()):
+        for seed in sorted(curves[game].keys() & others[game].keys()):
+            difference = curves[game][seed] - others[game][seed]
+            if np.isfinite(difference).any():
+                found.setdefault(game, {})[seed] = float(np.nanmean(difference))
+    return found
+
+
+def make_claims(results: Results) -> pd.DataFrame:
+    """What the runs say about the paper's claims, for each algorithm apart.
+
+    Returns:
+        CLAIM_COLUMNS: `claim` as "first > second"; `difference`, first minus second, with its 95 % interval `low` to
+        `high` (`statistics.paired_difference`); `games` whose pairs it is made of; `verdict` confirmed, contradicted
+        or open.
+    """
+    rows = []
+    for algorithm in results.lengths:
+
+        def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, algorithm=algorithm) -> None:
+            found = paired_difference(differences)
+            paired = {game: seeds for game, seeds in differences.items() if seeds}
+            repeated = [game for game, seeds in paired.items() if len(seeds) > 1]
+            games = " ".join(repeated or paired)
+            row = [algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)]
+            rows.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
+
+        for quantity, first, relation, second, when in CLAIMS:
+            if when == MEAN:
+                differences = pair_of_means(results, algorithm, quantity, first, second)
+            else:
+                values = (results.final_values(algorithm, name, quantity) for name in (first, second))
+                differences = pair(*values)
+            add(differences, f"{first} {relation} {second}", quantity, when, relation)
+        z, factors = (results.final_values(algorithm, "tanh-lan", name) for name in ("dead_neurons", "dead_factors"))
+        add(pair(z, factors), "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
+        for first, relation, second in RETURN_CLAIMS:
+            values = (results.final_values(algorithm, name, "normalized_score") for name in (first, second))
+            add(pair(*values), f"{first} {relation} {second}", "normalized_score", END, relation)
+            values = (results.final_values(algorithm, name, "final_return") for name in (first, second))
+            for game, seeds in pair(*values).items():
+                add({game: seeds}, f"{first} {relation} {second}", "final_return", END, relation)
+    return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
+
+
+def claims_table(claims: pd.DataFrame) -> Table:
+    def with_ends(row: pd.Series) -> str:
+        form = "+.1f" if row["quantity"].startswith(("effective_rank", "final_return")) else "+.3f"
+        if np.isnan(row["difference"]):
+            return NOTHING
+        ends = "" if np.isnan(row["low"]) else f" [{row['low']:{form}}, {row['high']:{form}}]"
+        return f"{row['difference']:{form}}{ends}"
+
+    cells = claims.drop(columns=["difference", "low", "high"])
+    cells.insert(5, "difference [95 %]", [with_ends(row) for _, row in claims.iterrows()])
+    cells["algorithm"] = cells["algorithm"].str.upper()
+    cells["games"] = cells["games"].replace("", NOTHING)
+    return Table(
+        "claims",
+        "The paper's claims",
+        "Difference: first minus second of the claim, over pairs of runs of the same game and seed, after training or "
+        "as the mean over training. Interval: 95 %, Student's t over the paired seeds within each game, then the mean "
+        "over games (degrees of freedom after Welch and Satterthwaite); other seeds, not other games. A game with one "
+        "pair stays out where others have more. Confirmed: the interval lies wholly on the claim's side of 0; "
+        "contradicted: wholly on the other; open: it includes 0, or there are fewer than two pairs. "
+        "No correction for the number of claims.",
+        cells.astype(str),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def mean_and_deviation(values: ByGame, form: str) -> str:
+    """The line and the band of a figure, at its end."""
+    if not values:
+        return NOTHING
+    line, band = line_and_band(
+        {game: {seed: np.array([v]) for seed, v in seeds.items()} for game, seeds in values.items()}
+    )
+    return f"{line[0]:{form}}" + (f" ± {band[0]:{form}}" if band is not None else "")
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
+
+SUMMARY = {  # columns of Table 2
+    "normalised score": ("normalized_score", ".3f"),
+    "dead (KDE)": ("dead_neurons", ".3f"),
+    "dead (std)": ("std_dead_neurons", ".3f"),
+    "dead (scaled)": ("dead_neurons_scaled", ".3f"),
+    "effective rank": ("effective_rank", ".1f"),
+    "centred": ("effective_rank_centred", ".1f"),
+    "rank / width": ("rank_share", ".3f"),
+}
+
+
+def make_tables(results: Results, runs: Sequence[Run]) -> list[Table]:
+    """Table 2, aggregates and scores by game.
+
+    Args:
+        runs: all that were found, for what is missing.
+    """
+    summary, scores, improvement = [], [], []
+    missing = missing_runs(runs)
+    games = sorted(results.runs["game"].unique())
+    for algorithm in algorithms_of(runs):
+        baseline = results.final_values(algorithm, "relu", "final_return")
+        of_algorithm = results.runs[results.runs["algorithm"] == algorithm]
+        for activation in activations_of([run for run in runs if run.algorithm == algorithm]):
+            drawn = of_algorithm.loc[of_algorithm["activation"] == activation, "drawn"]
+            head = {"algorithm": algorithm.upper(), "activation": study.style(activation).label}
+            row = {
+                "runs": drawn.sum(),
+                "left out": (~drawn).sum(),
+                "missing": len(missing.get((algorithm, activation), [])),
+            }
+            for title, (quantity, form) in SUMMARY.items():
+                row[title] = mean_and_deviation(results.final_values(algorithm, activation, quantity), form)
+            summary.append(head | row)
+
+            row = {}
+            for kind, quantity in (("normalised", "normalized_score"), ("human-norm.", "human_normalized_score")):
+                values = results.final_values(algorithm, activation, quantity).values()
+                values = [np.array(list(seeds.values())) for seeds in values]
+                ends = zip(aggregates(*values), *interval(aggregates, values), strict=True) if values else ()
+                texts = [with_interval(*each) for each in ends] or [NOTHING] * 3
+                row |= dict(zip((f"{kind} mean", f"{kind} median", f"{kind} IQM"), texts, strict=True))
+            finals = results.final_values(algorithm, activation, "final_return")
+            common = sorted(finals.keys() & baseline.keys())
+            row["improvement over ReLU"] = NOTHING
+            if common and activation != "relu":
+                pairs = [np.array(list(found[game].values())) for found in (finals, baseline) for game in common]
+                better, ends = probability_of_improvement(*pairs), interval(probability_of_improvement, pairs)
+                row["improvement over ReLU"] = with_interval(float(better), *ends)
+            improvement.append(head | row | {"runs": sum(map(len, finals.values()))})
+            by_game = {
+                game: mean_and_deviation({game: finals[game]} if game in finals else {}, ",.1f") for game in games
+            }
+            scores.append(head | by_game)
+    return [
+        Table(
+            "table2",
+            "Table 2: performance, dead neurons, rank",
+            "After training: mean over games and seeds ± standard deviation over seeds of the mean over games. "
+            "Dead: by kernel density as in the paper, by a standard deviation below 0.001, by kernel density after "
+            "dividing z by the layer's typical standard deviation. Centred: effective rank of z minus each neuron's "
+            "mean. Left out: unfinished, of another length, damaged, or a seed's second run. Missing: others have it.",
+            pd.DataFrame(summary).astype(str),
+        ),
+        Table(
+            "aggregates",
+            "Aggregates",
+            "With 95 % intervals of a stratified bootstrap (runs resampled within games, percentiles, "
+            f"{RESAMPLES:,} resamples; with few seeds somewhat too narrow). IQM: mean of the middle half of all runs. "
+            "Improvement: probability that a run scores higher than one of ReLU, mean over games. "
+            f"{NOTHING} where something is missing; no interval where a game has a single run.",
+            pd.DataFrame(improvement).astype(str),
+        ),
+        Table(
+            "scores",
+            "Score in every game",
+            f"Mean of the last {LAST_GAMES} games, mean ± standard deviation over seeds.",
+            pd.DataFrame(scores).astype(str),
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    write_whole(file, table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def write_curves(results: Results, file: Path) -> None:
+    """curves.csv.gz: every CURVE_STRIDE-th point of the grid that has a value, agent steps rounded to whole ones."""
+    is_written = np.arange(len(results.curves)) % GRID_POINTS % CURVE_STRIDE == 0
+    curves = results.curves[is_written & results.curves["value"].notna()]
+    curves = curves.assign(agent_steps=curves["agent_steps"].round().astype(np.int64))
+    text = curves.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    write_whole(file, gzip.compress(text.encode(), compresslevel=1, mtime=0))
+
+
+def as_markdown(table: Table) -> str:
+    rows = [list(table.cells.columns), ["---"] * table.cells.shape[1], *table.cells.values.tolist()]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return f"## {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
+
+
+def write_markdown(
+    tables: Sequence[Table],
+    figures: Mapping[str, Plot],
+    pictures: Mapping[str, bytes],
+    messages: Sequence[str],
+    summary: str,
+    file: Path,
+) -> None:
+    parts = ["# Results\n", summary + "\n", *map(as_markdown, tables)]
+    parts += ["## Figures\n", *(f"- `{name}` {figures[name].caption}" for name in pictures)] if pictures else []
+    parts += ["\n## Missing or left out\n", *(f"- {line}" for line in messages)] if messages else []
+    write_whole(file, ("\n".join(parts) + "\n").encode())
+
+
+def every_run(results: Results) -> Table:
+    """results.csv, for the page."""
+    cells = results.runs.astype(object).where(results.runs.notna(), "").astype(str)
+    return Table("results", "Every run", "results.csv.", cells)
+
+
+def write_page(
+    tables: Sequence[Table],
+    figures: Mapping[str, Plot],
+    pictures: Mapping[str, bytes],
+    messages: Sequence[str],
+    summary: str,
+    file: Path,
+) -> None:
+    """Everything on one page that needs no other file; all text in it is escaped.
+
+    Args:
+        pictures: PNGs by the names of figures.
+    """
+    shown = []
+    for name, picture in pictures.items():
+        (width,) = struct.unpack(">I", picture[16:20])  # of a PNG
+        data = base64.b64encode(picture).decode()
+        shown.append(
+            {"name": name, "title": title_of(name), "caption": figures[name].caption, "data": data, "width": width}
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("page.html")
+    text = page.render(summary=summary, messages=messages, figures=shown, tables=tables)
+    write_whole(file, text.encode())
+
+
+def title_of(name: str) -> str:
+    """fig05a_dqn_normalized -> Figure 5a; study_dqn -> Study, DQN"""
+    if not name.startswith("fig"):
+        kind, algorithm = name.split("_", 1)
+        return f"{kind.capitalize()}, {algorithm.upper()}"
+    return "Figure " + name.split("_")[0].removeprefix("fig").lstrip("0")

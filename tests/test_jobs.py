@@ -1,0 +1,142 @@
+"""scripts/jobs.py: the study as a list of commands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from launchers import bash, jobs
+
+GAMES = {"BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders", "VideoPinball"}
+MAIN = {"relu", "tanh", "sigmoid", "tanh-lan"}
+FIGURES = {  # figure: algorithm, games, activations, seeds
+    "1": ("dqn", GAMES, {"relu", "tanh"}, 5),
+    "4": ("dqn", {"Breakout"}, {"tanh", "tanh-lan"}, 1),
+    "5a": ("dqn", GAMES, MAIN, 5),
+    "5b": ("dqn", GAMES, {"relu", "tanh", "tanh-lan", "layernorm", "wide-1024"}, 5),
+    "6": ("dqn", GAMES, MAIN, 5),
+    "7": ("dqn", GAMES, {"relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan"}, 5),
+    "8": ("ppo", GAMES, MAIN, 5),
+    "10": ("dqn", {"Breakout"}, {"tanh", "tanh-lan"}, 1),
+    "11": ("dqn", {"Breakout"}, {"tanh", "tanh-lan", "sigmoid", "sigmoid-lan"}, 1),
+    "13": ("dqn", GAMES, {"relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan"}, 5),
+    "14": ("dqn", GAMES, {"relu", "relu-lan"}, 5),
+    "15": ("dqn", GAMES, MAIN, 5),
+    "16": ("dqn", GAMES, MAIN, 5),
+    "17": ("ppo", GAMES, MAIN, 5),
+}
+
+
+def run_jobs(*arguments, **variables):
+    command = [sys.executable, ROOT / "scripts" / "jobs.py", *arguments]
+    env = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def parsed(line):
+    words = shlex.split(line)
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    return (
+        words[1].split("_")[0],
+        flags["--env-id"].removesuffix("NoFrameskip-v4"),
+        flags["--activation"],
+        flags["--seed"],
+    )
+
+
+def test_the_whole_study_seed_1_first():
+    """880 distinct runs. Would catch: an activation that a script gained; seed 2 before all of seed 1."""
+    lines = jobs()
+    runs = [parsed(line) for line in lines]
+    assert len(lines) == len(set(runs)) == 880
+    assert [seed for *_, seed in runs] == [seed for seed in "12345" for _ in range(176)]
+    assert {game for _, game, _, _ in runs} == GAMES
+    for algorithm in ("dqn", "ppo"):
+        in_script = (ROOT / f"{algorithm}_atari_lan.py").read_text()
+        table = set(re.findall(r'^    "([\w-]+)": Layer\(', in_script, re.MULTILINE))
+        assert {activation for name, _, activation, _ in runs if name == algorithm} == table
+    comparison = runs[:11]
+    assert len({activation for _, _, activation, _ in comparison}) == 11
+    assert len({(algorithm, game) for algorithm, game, _, _ in comparison}) == 1
+    assert lines[0] == "python dqn_atari_lan.py --env-id BeamRiderNoFrameskip-v4 --activation relu --seed 1"
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figures_runs(figure):
+    algorithm, games, activations, seeds = FIGURES[figure]
+    runs = [parsed(line) for line in jobs("--figure", figure)]
+    expected = {
+        (algorithm, game, activation, str(seed + 1))
+        for game in games
+        for activation in activations
+        for seed in range(seeds)
+    }
+    assert len(runs) == len(expected)
+    assert set(runs) == expected
+
+
+def test_filters_and_flags_that_are_passed_on():
+    """Would catch: a name that the shell, or the launcher, would split or expand."""
+    name = 'it\'s a $HOME `name` with "quotes" * é'
+    flags = ["--exp-name", name, "--no-double-q", "--total-timesteps", "1000"]
+    lines = jobs("--algorithms", "dqn", "--games", "Pong,Breakout", "--activations", "tanh,relu", "--seeds", "7,2",
+                 "--runs-dir", "my runs", "--", *flags)  # fmt: skip
+    assert len(lines) == 8
+    script = ["python", "dqn_atari_lan.py", "--env-id", "PongNoFrameskip-v4"]
+    start = [*script, "--activation", "tanh", "--seed", "7", "--runs-dir"]
+    assert shlex.split(lines[0]) == [*start, "my runs", *flags]
+    as_bash_reads_it = bash("-c", f"printf '%s\\n' {lines[0]}").stdout.splitlines()
+    assert as_bash_reads_it == [*start, "my runs", *flags]
+    assert jobs("--figure", "8", "--seeds", "3", "--games", "Pong") == [
+        f"python ppo_atari_lan.py --env-id PongNoFrameskip-v4 --activation {activation} --seed 3"
+        for activation in ("relu", "tanh", "sigmoid", "tanh-lan")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--games Pnog", "--games Pnog: there is no 'Pnog'; it takes some of BeamRider,Breakout,"),
+        ("--games *", "--games *: there is no '*'"),
+        ("--games Pong,", "--games Pong,: it has an empty item; it takes some of"),
+        ("--algorithms a2c", "takes some of dqn,ppo"),
+        ("--activations relu,gelu", "--activations relu,gelu: there is no 'gelu'; it takes some of relu,tanh,"),
+        ("--seeds one", "--seeds one: it takes whole numbers"),
+        ("--seeds 1,,2", "it takes whole numbers"),
+        ("--figure 2", "--figure 2: there is no such one; it takes one of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17"),
+        ("--figure 8 --algorithms dqn", "--figure 8 needs none of these runs, only ppo"),
+        ("--runs-dir", "argument --runs-dir: expected one argument"),
+        ("--seed 1", "unrecognized arguments: --seed 1"),
+        ("-- --seed 4", "--seed is set by each line; choose with --games, --activations and --seeds"),
+        ("-- --env_id=x", "--env_id=x is set by each line"),
+        ("-- --exp-name a\nb", "holds an unprintable character"),
+    ],
+)
+def test_what_jobs_refuses(arguments, message):
+    done = run_jobs(*arguments.split(" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_whose_name_begins_with_a_dash():
+    """Would catch: a name that the training script takes for a flag."""
+    assert jobs("--runs-dir=-x", "--figure", "10")[0].endswith(" --seed 1 --runs-dir=-x")
+
+
+@pytest.mark.parametrize("columns", [1, 7, 80, 120])
+def test_help_on_any_terminal(columns):
+    """Would catch: a traceback on a narrow terminal, lines that a wide one breaks."""
+    done = run_jobs("--help", COLUMNS=columns)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert columns < 80 or max(map(len, done.stdout.splitlines())) <= columns
+
+
+def test_it_starts_at_once():
+    """Would catch: an import of torch, which takes seconds."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import jobs, status; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

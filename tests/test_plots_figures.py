@@ -1,0 +1,200 @@
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from plots_common import STEPS, draw, make_small_study, read_study  # noqa: F401 (a fixture)
+from synthetic_study import make_run, true_measurement
+
+import metrics
+from lan_utils import study as facts
+from lan_utils.plots import figures
+
+
+def test_allow_unfinished_ends_a_curve_with_its_shortest_seed(runs_dir, tmp_path):
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    make_run(runs_dir, "dqn", "Pong", "relu", 2, finished=False, stop=0.6)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1)
+    study = read_study(runs_dir, tmp_path, allow_unfinished=True)
+    figure, missing = figures.draw_panels(study, figures.FIGURES["fig01_dqn_relu_tanh"])
+    relu, tanh = figure.axes[0].get_lines()
+    assert relu.get_xdata()[np.isfinite(relu.get_ydata())].max() == pytest.approx(0.6 * STEPS)
+    assert np.isfinite(tanh.get_ydata()[-1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ReLU, 2 runs", "Tanh, 1 run"]
+    assert missing == []
+
+
+def test_dead_by_standard_deviation_stands_beside_dead_by_density(study, tmp_path):
+    """Would catch: a figure of dead neurons that shows one count only."""
+    read = read_study(study, tmp_path)
+    figure, _ = figures.draw_dying(read, figures.FIGURES["fig13_dqn_dying_probability"])
+    tops = [axes for axes in figure.axes if "without and with" in axes.get_title()]
+    for axes, base in zip(tops, figures.LAN_LAWS, strict=True):
+        dotted = [line.get_ydata()[-1] for line in axes.get_lines() if line.get_linewidth() == 1.0]
+        true = [
+            np.mean([true_measurement("std_dead_neurons", f"{base}{lan}", seed, 1) for seed in (1, 2)])
+            for lan in ("", "-lan")
+        ]
+        assert dotted == pytest.approx(true, abs=1e-6)
+
+
+def test_activations_differ_for_every_eye():
+    """No two share a colour, and those of one figure no dashes either."""
+    assert len({style.color for style in facts.ACTIVATIONS.values()}) == len(facts.ACTIVATIONS)
+    for name, plot in figures.FIGURES.items():
+        if plot.quantities and plot.draw is figures.draw_panels:
+            dashes = [facts.style(activation).dashes for activation in plot.runs.activations]
+            # ReLU and the LaN, black and vermilion, are solid both.
+            assert len(set(dashes)) >= len(dashes) - 1, name
+
+
+def test_densities_peak_where_the_metric_says():
+    """A saturated neuron's peak is thinner than any even grid."""
+    rng = np.random.default_rng(5)
+    saturated = np.append(np.full(2000, 1.0), np.linspace(-1, 1, 48))
+    with_outliers = np.append(np.zeros(2046), [-0.6, 1.0])
+    neurons = np.stack([rng.normal(0, 1, 2048), np.full(2048, -1.0), saturated, with_outliers], axis=1)
+    jittered = neurons + np.sqrt(1e-5) * np.random.default_rng(6).standard_normal((2048, 1))
+    expected = metrics.kde_peak_density(torch.tensor(jittered), noise_variance=0)
+    found = [figures.density(neuron, np.random.default_rng(6))[1].max() for neuron in neurons.T]
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+
+
+def test_damaged_activations_are_missing_not_a_traceback(tmp_path, runs_dir, capsys):
+    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
+    (folder / "activations.npz").write_bytes(b"PK\x03\x04")
+    draw(runs_dir, tmp_path / "out", "fig04")
+    assert "not drawn, no Tanh run on Breakout with a whole activations.npz" in capsys.readouterr().err
+
+
+def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, capsys):
+    """As the quickstart's: its game, dead neurons and rank; no normalised score, and the reason."""
+    make_run(runs_dir, "dqn", "Breakout", "tanh-lan", 1, exp_name="quickstart", finished=False, games=4)
+    draw(runs_dir, tmp_path / "out", allow_unfinished=True)
+    for name in ("fig06a_dqn_dead_neurons", "fig06b_dqn_effective_rank", "fig16_dqn_games"):
+        assert (tmp_path / "out" / f"{name}.png").exists()
+    assert not (tmp_path / "out" / "fig05a_dqn_normalized.png").exists()
+    messages = capsys.readouterr().err
+    assert "no normalised score, dqn Breakout: no finished ReLU baseline" in messages
+    assert "not drawn, no run with a normalised score: fig01_dqn_relu_tanh, fig05a_dqn_normalized" in messages
+    assert (
+        "not drawn, no PPO run: study_ppo, fig08a_ppo_normalized, fig08b_ppo_effective_rank, fig17_ppo_games"
+        in messages
+    )
+
+
+# ------------------------------------------------------------------------------------------ odd samples
+
+
+def write_npy(file, shape, dtype="<f4", content=b""):
+    """An array's header, and then whatever content."""
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("shape", "content", "reason"),
+    [
+        ((3_000_000, 1000), b"", "unpacks to 12.0 GB"),
+        ((2048, 0), b"", "no matrix of activations"),
+        ((2048,), bytes(2048 * 4), "no matrix of activations"),
+        ((2, 2), np.full(4, 1e30, "<f4").tobytes(), "values that no activation has"),
+        ((2, 2), np.full(4, np.nan, "<f4").tobytes(), "values that no activation has"),
+        ((4, 4), bytes(4), "cannot reshape"),
+    ],
+)
+def test_a_sample_that_is_none_is_named_before_it_is_unpacked(tmp_path, runs_dir, capsys, shape, content, reason):
+    """Would catch: 11 GB taken for a header's word, densities of nothing, a traceback."""
+    make_run(runs_dir, "dqn", "Breakout", "tanh-lan", 1)
+    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
+    with zipfile.ZipFile(folder / "activations.npz", "w") as archive, archive.open("z.npy", "w") as file:
+        write_npy(file, shape, content=content)
+    draw(runs_dir, tmp_path / "out", "fig04")
+    messages = capsys.readouterr().err
+    assert "drawn in part, no Tanh run on Breakout with a whole activations.npz" in messages
+    assert f"{folder.name}: activations.npz" in messages
+    assert reason in messages
+    assert (tmp_path / "out" / "fig04_dqn_densities.png").exists()
+
+
+def test_activations_of_1e300_are_named(tmp_path, runs_dir, capsys):
+    """Would catch: an overflow inside scipy."""
+    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
+    np.savez(folder / "activations.npz", z=np.full((64, 16), 1e300))
+    draw(runs_dir, tmp_path / "out", "fig04")
+    assert "z holds values that no activation has" in capsys.readouterr().err
+
+
+def test_a_fifo_in_place_of_activations_does_not_hang(tmp_path, runs_dir, capsys):
+    """Would catch: waiting for ever for a writer."""
+    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
+    (folder / "activations.npz").unlink()
+    os.mkfifo(folder / "activations.npz")
+    draw(runs_dir, tmp_path / "out", "fig04")
+    assert "activations.npz: no regular file" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- what is shown
+
+
+def test_a_dollar_sign_begins_no_formula(tmp_path, runs_dir):
+    """Would catch: a game's name parsed as mathematics, which fails while the figure is saved."""
+    for game in ("$\\frac{$", "Pong"):
+        make_run(runs_dir, "dqn", game, "relu", 1, exp_name="x")
+    read = read_study(runs_dir, tmp_path)
+    png, _ = figures.draw(read, "fig16_dqn_games", figures.FIGURES["fig16_dqn_games"], tmp_path)
+    assert png[:4] == b"\x89PNG"
+    assert figures.plain("a$b") == r"a\$b"
+
+
+def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
+    """Would catch: an activation that study.py does not know missing from the figures of the main set, or drawn in
+    the colour of another."""
+    for activation in ("relu", "gelu-lan"):
+        make_run(runs_dir, "dqn", "Pong", activation, 1)
+    figure, missing = figures.draw_panels(read_study(runs_dir, tmp_path), figures.FIGURES["fig06a_dqn_dead_neurons"])
+    labels = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+    assert set(labels) == {"ReLU, 1 run", "gelu-lan, 1 run"}
+    assert labels["gelu-lan, 1 run"] not in {style.color for style in facts.ACTIVATIONS.values()}
+    assert missing == ["no Tanh", "no Sigmoid", "no Tanh (LaN)"]
+    special, _ = figures.draw_panels(read_study(runs_dir, tmp_path), figures.FIGURES["fig01_dqn_relu_tanh"])
+    assert len(special.axes[0].get_lines()) == 1
+
+
+@pytest.mark.parametrize(("games", "shown"), [(("Pong",), "return in Pong"), (("Pong", "Qbert"), "normalised score")])
+def test_the_studys_picture_shows_return_dead_neurons_and_rank(tmp_path, runs_dir, games, shown):
+    """Would catch: a panel lost, or one game's return normalised where it could be read as it is."""
+    for game in games:
+        for activation in ("relu", "tanh"):
+            make_run(runs_dir, "ppo", game, activation, 1)
+    figure, _ = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
+    assert [axes.get_ylabel() for axes in figure.axes] == [shown, "dead neurons (KDE)", "effective rank"]
+    relu = [line for line in figure.axes[1].get_lines() if line.get_color() == "#000000"]
+    ends = [line.get_ydata()[-1] for line in relu]
+    expected = [true_measurement(name, "relu", 1, 1.0) for name in ("dead_neurons", "std_dead_neurons")]
+    assert ends == pytest.approx(expected, abs=1e-6)
+
+
+def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):
+    """Would catch: a figure with only the counts that depend on where and how large z is."""
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    read = read_study(runs_dir, tmp_path)
+    for name, quantities in (
+        ("fig06a_dqn_dead_neurons", ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled")),
+        ("fig06b_dqn_effective_rank", ("effective_rank", "effective_rank_centred")),
+    ):
+        figure, _ = figures.draw_panels(read, figures.FIGURES[name])
+        ends = [axes.get_lines()[0].get_ydata()[-1] for axes in figure.axes]
+        assert ends == pytest.approx([true_measurement(quantity, "relu", 1, 1.0) for quantity in quantities], abs=1e-4)
+
+
+def test_looks_are_set_only_while_something_is_drawn(tmp_path, runs_dir):
+    """Would catch: an import that changes how the caller's own figures look."""
+    code = "import matplotlib; before = dict(matplotlib.rcParams); import plot_results, lan_utils.plots.figures; "
+    code += "print(before == dict(matplotlib.rcParams))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n"

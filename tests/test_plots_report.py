@@ -1,0 +1,135 @@
+import numpy as np
+import pandas as pd
+import pytest
+from plots_common import draw, read_study
+from synthetic_study import make_run
+
+from lan_utils.plots import report, results
+
+
+def test_names_from_folders_are_harmless_on_the_page(tmp_path, runs_dir):
+    make_run(runs_dir, "dqn", "Pong", "relu", 1, exp_name="<script>alert(1)<%2Fscript>", games=3, measurements=2)
+    runs, _ = results.find_runs(runs_dir, tmp_path)
+    table = report.Table("results", "Runs", "", pd.DataFrame({"run": [run.name for run in runs]}))
+    report.write_page([table], {}, {}, [f"left out: {runs[0].name}"], "1 run", tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(1)") == 2
+
+
+def make_results(runs):
+    """Results of runs with given final values and constant curves.
+
+    Args:
+        runs: (algorithm, game, activation, seed, {final value: number}, {quantity: (grid,)})
+    """
+    grid = np.linspace(0, 100, results.GRID_POINTS)
+    table, curves = [], []
+    for algorithm, game, activation, seed, finals, found in runs:
+        head = {"algorithm": algorithm, "game": game, "activation": activation, "seed": seed}
+        table.append(
+            dict.fromkeys(results.FINAL_VALUES, np.nan) | head | finals | {"drawn": True, "run": "", "note": ""}
+        )
+        for quantity, values in found.items():
+            curves.append(pd.DataFrame(head | {"agent_steps": grid, "quantity": quantity, "value": values}))
+    joined = pd.concat(curves) if curves else pd.DataFrame(columns=list(results.CURVE_COLUMNS))
+    joined = joined.reset_index(drop=True)
+    return results.Results(pd.DataFrame(table), joined, {run[0]: 100 for run in runs}, {})
+
+
+def claim(claims, **wanted):
+    for name, value in wanted.items():
+        claims = claims[claims[name] == value]
+    (row,) = claims.to_dict("records")
+    return row
+
+
+def test_a_claim_by_hand():
+    """Dead neurons of ReLU minus tanh: 0.1, 0.2, 0.3 in Pong: mean 0.2, 4.302653 * 0.1 / sqrt(3) = 0.248414 to both
+    sides: open; dormant ones 0.4, 0.5, 0.6: confirmed; by standard deviation -0.4, -0.5, -0.6: contradicted.
+
+    Would catch: unpaired differences (tanh's spread is larger than its distance), second minus first, PPO's among them.
+    """
+    runs = []
+    for seed, tanh in ((1, 0.0), (2, 0.3), (3, 0.1)):
+        base = {"dead_neurons": tanh, "dormant_neurons": tanh, "std_dead_neurons": tanh}
+        runs.append(("dqn", "Pong", "tanh", seed, base, {}))
+        relu = {"dead_neurons": tanh + 0.1 * seed, "dormant_neurons": tanh + 0.3 + 0.1 * seed}
+        runs.append(("dqn", "Pong", "relu", seed, relu | {"std_dead_neurons": tanh - 0.3 - 0.1 * seed}, {}))
+    runs += [("ppo", "Pong", name, 1, {"dead_neurons": 0.5}, {}) for name in ("relu", "tanh")]
+    claims = report.make_claims(make_results(runs))
+    wanted = {"algorithm": "dqn", "claim": "relu > tanh"}
+    found = claim(claims, quantity="dead_neurons", **wanted)
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((0.2, -0.048414, 0.448414), abs=1e-6)
+    assert (found["pairs"], found["games"], found["when"], found["verdict"]) == (3, "Pong", "end", "open")
+    found = claim(claims, quantity="dormant_neurons", **wanted)
+    assert (found["low"], found["verdict"]) == (pytest.approx(0.251586, abs=1e-6), "confirmed")
+    assert claim(claims, quantity="std_dead_neurons", **wanted)["verdict"] == "contradicted"
+    single = claim(claims, algorithm="ppo", claim="relu > tanh", quantity="dead_neurons")
+    assert (single["difference"], single["pairs"], single["verdict"]) == (0.0, 1, "open")
+    nobody = claim(claims, algorithm="dqn", claim="tanh > tanh-lan", quantity="dead_neurons")
+    assert (nobody["pairs"], nobody["verdict"]) == (0, "open")
+
+
+def test_saturates_more_slowly_is_a_mean_over_training():
+    """Tanh rises from 0 to 0.4, its LaN from 0 to 0.2 (seed 1) and 0.3 (seed 2): means 0.2, 0.1 and 0.15, whatever
+    their ends; before the first measurement there is nothing to compare.
+
+    Would catch: the end in the mean's place, NaN in the mean, runs compared where only one has a value.
+    """
+    rise = np.linspace(0, 1, results.GRID_POINTS)
+    late = np.where(rise < 0.5, np.nan, rise)
+    runs = []
+    for seed, end in ((1, 0.2), (2, 0.3)):
+        runs.append(("dqn", "Pong", "tanh", seed, {}, {"dead_neurons": 0.4 * rise, "effective_rank": 100 * late}))
+        runs.append(("dqn", "Pong", "tanh-lan", seed, {}, {"dead_neurons": end * rise, "effective_rank": 140 * rise}))
+    claims = report.make_claims(make_results(runs))
+    found = claim(claims, claim="tanh-lan < tanh", quantity="dead_neurons")
+    assert found["difference"] == pytest.approx(-0.075)  # of -0.1 and -0.05
+    assert (found["low"], found["high"]) == pytest.approx(
+        (-0.075 - 12.7062 * 0.025, -0.075 + 12.7062 * 0.025), rel=1e-4
+    )
+    rank = claim(claims, claim="tanh-lan > tanh", quantity="effective_rank", when="mean over training")
+    assert rank["difference"] == pytest.approx(40 * 0.75, rel=1e-3)
+
+
+def test_returns_are_claimed_over_all_games_and_in_each():
+    """Would catch: returns of games of another scale averaged as they are; `>=` contradicted by equality."""
+    runs = []
+    for seed in (1, 2):
+        for game, scale in (("Pong", 1.0), ("Qbert", 1000.0)):
+            for activation, score in (("relu", 0.5), ("tanh", 0.1 * seed), ("tanh-lan", 0.5)):
+                finals = {"normalized_score": score, "final_return": scale * score}
+                runs.append(("dqn", game, activation, seed, finals, {}))
+    claims = report.make_claims(make_results(runs))
+    every = claim(claims, claim="tanh-lan > tanh", quantity="normalized_score")
+    assert (every["difference"], every["games"], every["pairs"]) == (pytest.approx(0.35), "Pong Qbert", 4)
+    qbert = claim(claims, claim="tanh-lan > tanh", quantity="final_return", games="Qbert")
+    assert (qbert["difference"], qbert["pairs"]) == (pytest.approx(350.0), 2)
+    assert claim(claims, claim="tanh-lan >= relu", quantity="normalized_score")["verdict"] == "confirmed"
+
+
+def test_z_is_compared_with_the_mean_of_its_factors(tmp_path, runs_dir):
+    """Would catch: factors taken from other runs, or one of them alone. Tanh's law is p^2 at p = 0.39 and 0.40."""
+    for seed in (1, 2):
+        make_run(runs_dir, "dqn", "Pong", "tanh-lan", seed)
+    claims = report.make_claims(read_study(runs_dir, tmp_path))
+    found = claim(claims, claim="tanh-lan: z < mean of its factors")
+    expected = np.mean([p**2 - p for p in (0.39, 0.40)])
+    assert (found["difference"], found["verdict"]) == (pytest.approx(expected, abs=1e-6), "confirmed")
+
+
+def test_claims_and_both_ways_of_counting_stand_in_the_files(tmp_path, runs_dir):
+    """Would catch: a table that is made but not shown."""
+    for activation in ("relu", "tanh", "tanh-lan"):
+        for seed in (1, 2):
+            make_run(runs_dir, "dqn", "Pong", activation, seed)
+    draw(runs_dir, tmp_path / "out")
+    with open(tmp_path / "out" / "claims.csv") as file:
+        assert file.readline() == "algorithm,claim,quantity,when,games,difference,low,high,pairs,verdict\n"
+    markdown, page = ((tmp_path / "out" / name).read_text() for name in ("results.md", "index.html"))
+    assert "## The paper's claims" in markdown
+    assert "| DQN | relu > tanh | dead_neurons | end | Pong | +0.200 [+0.200, +0.200] | 2 | confirmed |" in markdown
+    assert '<table id="claims">' in page
+    assert "<td>relu &gt; tanh</td>" in page
+    assert "| dead (scaled) | effective rank | centred |" in markdown

@@ -1,0 +1,207 @@
+import json
+import os
+import re
+
+import pandas as pd
+import pytest
+from plots_common import STEPS, draw, event_file, read_study, rows
+from synthetic_study import make_run, true_measurement
+
+from lan_utils.plots import results
+
+
+def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys):
+    for seed in (1, 2, 3):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed)
+        make_run(runs_dir, "dqn", "Pong", "tanh", seed, finished=seed != 2, stop=1 if seed != 2 else 0.5)
+    make_run(runs_dir, "dqn", "Pong", "sigmoid", 1, agent_steps=50_000)
+    make_run(runs_dir, "dqn", "Pong", "relu", 3, exp_name="again")
+    make_run(runs_dir, "dqn", "Breakout", "tanh", 1, learning_rate=3e-4)
+    (make_run(runs_dir, "dqn", "Pong", "selu", 4) / "config.json").write_text("{")
+    (runs_dir / "empty").mkdir()
+    (runs_dir / "other_program").mkdir()
+    (runs_dir / "other_program" / "config.json").write_text('{"args": 3}')
+    (runs_dir / "infinite").mkdir()
+    config = '{"algorithm": "dqn", "args": {"env_id": "PongNoFrameskip-v4", "activation": "relu", "seed": Infinity}}'
+    (runs_dir / "infinite" / "config.json").write_text(config)
+    (runs_dir / "notes.txt").write_text("mine")
+    draw(runs_dir, tmp_path / "out", "tables")
+    messages = capsys.readouterr().err.splitlines()
+    for expected in (
+        "3 folders are no runs: empty, infinite, other_program",
+        "left out, algorithm unknown selu, 1 run(s), config.json is missing or unreadable: Pong 4",
+        "left out, dqn tanh, 1 run(s), unfinished: Pong 2 at 50,000",
+        "left out, dqn sigmoid, 1 run(s), other length than the usual 100,000 agent steps: Pong 1 at 50,000",
+        "missing, dqn relu, 1 run(s) that others have: Breakout 1",
+        "mixed, dqn runs differ in --learning-rate: 0.0001 in 5 run(s); "
+        "0.0003 in 1 run(s) (BreakoutNoFrameskip-v4__dqn_atari_lan__tanh__1)",
+        "no normalised score, dqn Breakout: no finished ReLU baseline",
+    ):
+        assert any(line.startswith(expected) for line in messages), (expected, messages)
+    assert sum("same seed" in line for line in messages) == 1
+    found = rows(tmp_path / "out")
+    assert len(found) == 10
+    unfinished = found["PongNoFrameskip-v4__dqn_atari_lan__tanh__2"]
+    assert (unfinished["finished"], unfinished["agent_steps"]) == ("False", "50000")
+    assert (unfinished["drawn"], unfinished["note"]) == ("False", "unfinished")
+    assert found["BreakoutNoFrameskip-v4__dqn_atari_lan__tanh__1"]["normalized_score"] == ""
+    twins = [found[f"PongNoFrameskip-v4__{name}__relu__3"]["drawn"] for name in ("again", "dqn_atari_lan")]
+    assert sorted(twins) == ["False", "True"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| DQN | Tanh | 3 | 1 | 0 |" in table
+    assert "| DQN | ReLU | 3 | 1 | 1 |" in table
+
+
+@pytest.mark.parametrize("allow_unfinished", [False, True])
+def test_a_try_of_another_length_does_not_replace_the_studys_run(tmp_path, runs_dir, allow_unfinished):
+    """Would catch: the longer of two experiments chosen, and then left out for its length, or a finished quick try."""
+    for activation in ("relu", "tanh", "tanh-lan"):
+        make_run(runs_dir, "dqn", "Pong", activation, 1, finished=not allow_unfinished, stop=0.8)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1, agent_steps=200_000, exp_name="longer")
+    make_run(runs_dir, "dqn", "Pong", "tanh-lan", 1, agent_steps=2_000, games=6, exp_name="quickstart")
+    draw(runs_dir, tmp_path / "out", "tables", allow_unfinished=allow_unfinished)
+    found = rows(tmp_path / "out")
+    drawn = {name.split("__", 1)[1] for name, row in found.items() if row["drawn"] == "True"}
+    assert drawn == {"dqn_atari_lan__relu__1", "dqn_atari_lan__tanh__1", "dqn_atari_lan__tanh-lan__1"}
+    for name in ("longer__tanh", "quickstart__tanh-lan"):
+        note = found[f"PongNoFrameskip-v4__{name}__1"]["note"]
+        assert note == f"same seed as PongNoFrameskip-v4__dqn_atari_lan__{name.split('__')[1]}__1"
+
+
+def test_many_unfinished_runs_do_not_flood_the_terminal(tmp_path, runs_dir, capsys):
+    for seed in range(40):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed, games=3, measurements=2, finished=False)
+    draw(runs_dir, tmp_path / "out", "tables")
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 2
+    assert "--allow-unfinished" in messages[1]
+
+
+def test_a_truncated_run_is_not_drawn_as_a_whole_one(tmp_path, runs_dir, capsys):
+    """It has a model.pt, but its curve ends early."""
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    make_run(runs_dir, "dqn", "Pong", "relu", 2)
+    file = event_file(make_run(runs_dir, "dqn", "Pong", "relu", 3))
+    file.write_bytes(file.read_bytes()[:10_000])
+    draw(runs_dir, tmp_path / "out", "tables")
+    messages = capsys.readouterr().err
+    assert "left out, dqn relu, 1 run(s), other length than the usual 100,000 agent steps: Pong 3 at" in messages
+    assert re.search(r"damaged, PongNoFrameskip.*relu__3: .* the last \d+ bytes are truncated or damaged", messages)
+
+
+def test_config_of_a_run_is_enough(runs_dir):
+    """The folder's name is for people: what a run is stands in config.json."""
+    folder = make_run(runs_dir, "ppo", "Pong", "relu", 1)
+    folder.rename(runs_dir / "renamed")
+    (run,), messages = results.find_runs(runs_dir, runs_dir / "figures")
+    assert (run.algorithm, run.game, run.activation, run.seed, run.finished) == ("ppo", "Pong", "relu", 1, True)
+    assert messages == []
+    assert json.loads((runs_dir / "renamed" / "config.json").read_text())["args"] == run.flags
+
+
+# ------------------------------------------------------------------------------ finished, unknown, hostile
+
+
+@pytest.mark.parametrize(
+    ("status", "weights", "finished"),
+    [
+        ('{"state": "finished"}', None, True),  # a folder without weights
+        ('{"state": "running"}', b"weights", False),
+        (None, b"weights", True),
+        (None, b"", False),
+        (None, None, False),
+        ("{", b"weights", True),
+        ("[" * 100_000, b"weights", True),
+        ("[]", b"weights", True),
+        ('"finished"', None, False),
+        ('{"state": ["finished"]}', b"weights", True),
+        ('{"state": "FINISHED"}', None, False),
+    ],
+)
+def test_a_run_is_finished_by_its_status_then_by_its_weights(tmp_path, status, weights, finished):
+    """Would catch: a run without weights left out, an empty model.pt taken for finished, a crash on an odd status."""
+    for name, content in (("status.json", status and status.encode()), ("model.pt", weights)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    assert results.is_finished(tmp_path) is finished
+
+
+def test_a_finished_run_without_weights_is_drawn(tmp_path, runs_dir):
+    """Would catch: results/study, which holds no weights, drawn as nothing."""
+    for seed in (1, 2):
+        (make_run(runs_dir, "dqn", "Pong", "relu", seed) / "model.pt").unlink()
+    assert read_study(runs_dir, tmp_path).runs["drawn"].tolist() == [True, True]
+
+
+def test_unknown_names_are_runs_like_others(tmp_path, runs_dir, capsys):
+    """Would catch: a new activation or algorithm called damaged, or left out of every figure and table."""
+    for seed in (1, 2):
+        for activation in ("relu", "tanh", "gelu-lan"):
+            make_run(runs_dir, "dqn", "Pong", activation, seed)
+        make_run(runs_dir, "../random", "Pong", "tanh", seed, exp_name="random")
+    draw(runs_dir, tmp_path / "out", "tables", "fig05a", "study_", "games_")
+    messages = capsys.readouterr().err
+    assert "damaged" not in messages
+    assert "left out" not in messages
+    found = rows(tmp_path / "out")
+    assert {row["drawn"] for row in found.values()} == {"True"}
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"fig05a_dqn_normalized.png", "study_dqn.png", "study_-random.png", "games_-random.png"}
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| DQN | gelu-lan | 2 | 0 | 0 |" in table
+    assert "| ../RANDOM | Tanh | 2 | 0 | 0 |" in table
+    assert "no gelu-lan" not in messages
+
+
+def hand_made(folder, **changes):
+    args = {"env_id": "PongNoFrameskip-v4", "activation": "relu", "seed": 1, "total_timesteps": 100_000}
+    config = {"algorithm": "dqn", "args": args | changes.pop("args", {})} | changes
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_one_bad_run_among_good_ones_is_named_and_skipped(tmp_path, runs_dir, capsys):
+    """Would catch: a traceback, or no figure at all, because of one folder."""
+    for activation in ("relu", "tanh"):
+        for seed in (1, 2):
+            make_run(runs_dir, "dqn", "Pong", activation, seed)
+    name = "PongNoFrameskip-v4__{}__relu__7"
+    bad = [runs_dir / name.format(what) for what in ("nested", "huge", "list", "fifo", "float", "big", "none")]
+    for folder in bad:
+        folder.mkdir()
+    (bad[0] / "config.json").write_text('{"a":' * 50_000)
+    (bad[1] / "config.json").write_text(json.dumps({"a": "x" * 2_000_000}))
+    (bad[2] / "config.json").write_text("[1, 2]")
+    os.mkfifo(bad[3] / "config.json")
+    for folder, seed in zip(bad[4:], (1.5, 10**30, None), strict=True):
+        folder.rmdir()
+        hand_made(folder, args={"seed": seed})
+    hand_made(runs_dir / "no_events")
+    hand_made(runs_dir / "endless", args={"total_timesteps": 10**400, "seed": 2})
+    odd = os.fsencode(runs_dir) + b"/Pong\xff\xfeNoFrameskip-v4__x__relu__9"
+    os.rename(make_run(runs_dir, "dqn", "Pong", "relu", 9), odd)
+    config = make_run(runs_dir, "dqn", "Qbert", "relu", 1, exp_name="surrogate") / "config.json"
+    config.write_text(config.read_text().replace("Qbert", "$\\\\frac{$\\ud800\\n"))
+    make_run(runs_dir, "dqn", "$x^", "tanh", 1, exp_name="formula")
+    draw(runs_dir, tmp_path / "out")
+    messages = capsys.readouterr().err
+    for folder in bad:
+        assert "config.json is missing or unreadable" in rows(tmp_path / "out")[folder.name]["note"]
+    assert "left out, dqn relu, 2 run(s), unfinished, no point yet: Pong 2 at 0, 1 at 0" in messages
+    assert rows(tmp_path / "out")["Pong\\udcff\\udcfeNoFrameskip-v4__x__relu__9"]["drawn"] == "True"
+    assert "Error" not in messages
+    for figure in ("fig05a_dqn_normalized", "fig16_dqn_games", "study_dqn"):
+        assert (tmp_path / "out" / f"{figure}.png").exists()
+
+
+def test_curves_table_has_the_columns_that_others_read(tmp_path, runs_dir):
+    """Would catch: another order or name of the columns, curves that are not those of the figures."""
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    make_run(runs_dir, "dqn", "Pong", "tanh-lan", 2)
+    draw(runs_dir, tmp_path / "out", "tables")
+    curves = pd.read_csv(tmp_path / "out" / "curves.csv.gz")
+    assert list(curves.columns) == ["algorithm", "game", "activation", "seed", "agent_steps", "quantity", "value"]
+    dead = curves[(curves["activation"] == "tanh-lan") & (curves["quantity"] == "dead_neurons")]
+    at_end = dead[dead["agent_steps"] == STEPS]["value"].item()
+    assert at_end == pytest.approx(true_measurement("dead_neurons", "tanh-lan", 2, 1.0), rel=1e-5)
+    assert set(curves["quantity"]) >= {"score", "normalized_score", "human_normalized_score", "dead_factors"}

@@ -1,0 +1,260 @@
+"""scripts/status.py: what has become of each run of a job list."""
+# ruff: noqa: F401, F811 (the fixture `project` is imported, then an argument)
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from launchers import bash, environment, files, job_list, locked_by_another_process, project, sweep
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["python standin.py", "python gone.py --seed 1"], "line 2: there is no gone.py"),
+        (["echo hello"], "line 1: echo hello: a job is one line `python <script>.py <flags>`"),
+        (["python standin.py; rm -rf x"], "a job is one line `python <script>.py <flags>`"),
+        (["python scripts/status.py"], "scripts/status.py is not a training script: those lie in"),
+        (["", "python standin.py --exp-name 'open"], "line 2: No closing quotation"),
+        (["python standin.py --seed 1 --overwrite"], "line 1: --overwrite would throw the run away"),
+        (["python standin.py --seed x"], "line 1: --seed and --total-timesteps take whole numbers"),
+        (["python standin.py --seed 1", "python standin.py --seed=01 --seconds 1"], "lines 1 and 2 are the same run"),
+        (["python standin.py --exp-name " + "n" * 250], "at most 251 bytes"),
+        (["# nothing", ""], "holds no job"),
+    ],
+)
+def test_a_list_that_cannot_be_run_is_refused_before_anything_starts(project, lines, message):
+    """One line on stderr, exit code 2, from each launcher. Would catch: half a sweep that ran before the bad line."""
+    file = job_list(project, *lines)
+    before = files(project)
+    slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
+    for done in (sweep(project, file), sweep(project, "--status", file), slurm):
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+    assert {path for path in files(project) if "__pycache__" not in str(path)} == before.keys()
+
+
+def test_other_bad_input(project):
+    for arguments, message in [
+        (["absent.txt"], "cannot read the job list"),
+        (["--jobs-per-gpu", "0", "x"], "--jobs-per-gpu takes a number from 1 on"),
+        (["--foo"], "unknown flag --foo"),
+        (["a", "b"], "one job list at a time"),
+        ([], "the job list on standard input holds no job"),
+    ]:
+        done = sweep(project, *arguments, cwd=project)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_status_says_how_it_is_called(project):
+    for arguments in ([], ["--plan"], ["a", "b"], ["--plan", "a", "1x"]):
+        done = subprocess.run(
+            [sys.executable, "scripts/status.py", *arguments], cwd=project, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (
+            done.stderr == "error: expected jobs.txt, or --plan jobs.txt and maybe numbers of its lines; see --help\n"
+        )
+
+
+def test_dry_run_does_nothing(project):
+    """Blank lines, comments, Windows line ends and repetitions are no jobs; tasks have the list's line numbers."""
+    file = job_list(project, "# all", "", "python standin.py --seed 1\r", "python standin.py --seed 1 # again",
+                    "  python standin.py --seed 2 --exp-name 'a b'")  # fmt: skip
+    before = files(project)
+    second = "python standin.py --seed 2 --exp-name 'a b'"
+    done = sweep(project, "--dry-run", file.name, cwd=project)
+    assert done.stdout.splitlines()[0] == "2 runs: 0 finished, 0 running already, 2 to run"
+    assert done.stdout.splitlines()[2:] == ["python standin.py --seed 1", second]
+    piped = sweep(project, "--dry-run", stdin=file.read_text())
+    assert piped.stdout == done.stdout
+    slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
+    assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
+    slurm = bash("scripts/sweep.slurm", "--dry-run", "-", cwd=project, stdin=file.read_text())
+    assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
+    status = sweep(project, "--status", file)
+    assert status.stdout.splitlines()[-1].startswith("2 runs: 0 finished, 0 running, 0 failed, 0 stopped, 2 waiting")
+    assert files(project) == before
+
+
+START = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
+
+
+def run_folder(project, seed=1):
+    return project / "runs" / f"BreakoutNoFrameskip-v4__standin__tanh-lan__{seed}"
+
+
+def make_run(project, seed=1, log=None, **status):
+    """A run folder by hand: with a status.json that says `status`, and the launcher's log."""
+    folder = run_folder(project, seed)
+    folder.mkdir(parents=True)
+    if log is not None:
+        (folder.parent / ".sweep").mkdir(exist_ok=True)
+        (folder.parent / ".sweep" / f"{folder.name}.log").write_text(log)
+    if status:
+        known = {"total_timesteps": 100, "pid": 1, "host": os.uname().nodename, "updated": time.time()}
+        (folder / "status.json").write_text(json.dumps(known | status))
+    return folder
+
+
+def states(project, count):
+    """The first word of each line of the table, and the table."""
+    file = job_list(project, *(f"python standin.py --total-timesteps 100 --seed {seed + 1}" for seed in range(count)))
+    done = subprocess.run(
+        [sys.executable, "scripts/status.py", file], cwd=project, env=environment(), capture_output=True, text=True,
+        timeout=20,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split()[0] for line in done.stdout.splitlines()[:-1]], done.stdout.splitlines()
+
+
+def test_status_of_every_state(project):
+    """Hand-made folders and logs; 30 and 10 steps a second and 100 to go at 20, one run at work."""
+    end = "=== 2026-01-01T00:00:09+00:00 exit"
+    make_run(project, 1, f"{START}{end} 0\n", state="finished", step=100, steps_per_second=30)
+    make_run(project, 2, START, state="running", step=40, steps_per_second=10)
+    make_run(project, 3, f"{START}error: no luck\n{end} 1\n")
+    make_run(project, 4, f"{START}{end} 143\n", state="stopped", step=50)
+    make_run(project, 5, f"{START}killed by a reboot, without a word\n")
+    with locked_by_another_process(run_folder(project, 2)):
+        found, lines = states(project, 6)
+        assert "1 running already, 4 to run" in sweep(project, "--dry-run", project / "jobs.txt").stdout
+    # own speed 10: 60 steps, 6 s; of the others at 20: 50, 100 and 100 steps, 12.5 s
+    assert found == ["finished", "running", "failed", "stopped", "stopped", "waiting"]
+    assert re.search(r" 40 of 100 steps, 10 per second$", lines[1])
+    assert f"exit code 1, see runs/.sweep/{run_folder(project, 3).name}.log" in lines[2]
+    assert re.search(r" 50 of 100 steps$", lines[3])
+    assert lines[6] == "6 runs: 1 finished, 1 running, 1 failed, 2 stopped, 1 waiting; about 18 s left"
+
+
+def test_a_dead_process_is_told_from_a_live_one(project):
+    """`running` in status.json stands there for ever after a kill -9. Would catch: a run that a sweep never resumes;
+    one on another machine that is begun twice."""
+    make_run(project, 1, state="running", step=40)
+    make_run(project, 2, state="running", step=40)
+    make_run(project, 3, state="running", step=40, host="elsewhere")
+    make_run(project, 4, state="running", step=40, host="elsewhere", updated=time.time() - 3600)
+    with locked_by_another_process(run_folder(project, 2)):
+        assert states(project, 4)[0] == ["stopped", "running", "running", "stopped"]
+
+
+def test_what_finished_means(project):
+    """Would catch: a 0-byte model.pt that counts; weights of an earlier life that hide a run begun anew; a run without
+    weights that is trained again."""
+    for seed, weights, status in [(1, "", {}), (2, "weights", {}), (3, "weights", {"state": "stopped", "step": 10})]:
+        (make_run(project, seed, **status) / "model.pt").write_text(weights)
+    make_run(project, 4, state="finished", step=100)
+    assert states(project, 4)[0] == ["waiting", "finished", "stopped", "finished"]
+
+
+def test_a_failure_is_remembered_until_the_run_goes_on(project):
+    """Would catch: a failure by a launcher that status.json, older, hides; one that stays after a resume by hand."""
+    failed = f"{START}=== 2026-01-01T00:00:09+00:00 exit 137\n"
+    make_run(project, 1, failed, state="running", step=10)
+    make_run(project, 2, failed, state="stopped", step=10)
+    make_run(project, 3, state="failed", step=10)
+    now = time.time()
+    for seed, written in ((1, now - 100), (2, now + 100)):
+        os.utime(run_folder(project, seed) / "status.json", (written, written))
+    assert states(project, 3)[0] == ["failed", "stopped", "failed"]
+
+
+def odd_file(file, kind):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "link":
+        file.symlink_to("/etc/passwd")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(kind)
+
+
+NESTED = b"[" * 100_000
+ODD_JSON = ["fifo", "link", "folder", NESTED, b"\xff\xfe", b"[]", b'{"state": "dancing"}', b'{"a": 1' + b"0" * 10_000]
+
+
+@pytest.mark.parametrize("name", ["status.json", ".lock", "log", "folder"])
+def test_one_unreadable_run_does_not_hide_the_others(project, name):
+    """It is shown with its reason, and left alone. Would catch: a traceback; a wait for ever on a FIFO."""
+    kinds = {"status.json": ODD_JSON, "folder": ["fifo", b"no folder"]}.get(name, ["fifo", "link", "folder"])
+    for seed, kind in enumerate(kinds, start=2):
+        folder = run_folder(project, seed)
+        log = folder.parent / ".sweep" / f"{folder.name}.log"
+        odd_file({"log": log, "folder": folder}.get(name, folder / name), kind)
+    make_run(project, 1, state="stopped", step=7)
+    found, lines = states(project, len(kinds) + 2)
+    assert found == ["stopped", *["unreadable" for _ in kinds], "waiting"], lines
+    assert all(" runs/" in line for line in lines[1 : len(kinds) + 1])
+    plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project)
+    assert plan.returncode == 0
+    assert plan.stderr.count("error: line ") == plan.stderr.count("\n") == len(kinds)
+
+
+def test_odd_values_and_odd_logs(project):
+    """Would catch: a traceback on numbers that no run writes, and on bytes that are no text."""
+    for seed, (step, speed) in enumerate([("1", []), (-5, -1), (1e300, 10**400), (True, None)], start=1):
+        make_run(project, seed, state="stopped", step=step, steps_per_second=speed)
+    make_run(project, 5, "=== x exit 99999999999999999999\n=== y start in process 5")
+    (make_run(project, 6, START) / "config.json").write_bytes(b'{"threads": ' + b"9" * 4000 + b"}")
+    log = project / "runs" / ".sweep" / f"{run_folder(project, 7).name}.log"
+    log.write_bytes(START.encode() + os.urandom(50_000) + b"\n\0=== \xff exit \xff\n")
+    assert states(project, 7)[0] == ["stopped", "stopped", "stopped", "stopped", "failed", "stopped", "stopped"]
+
+
+def test_the_threads_that_an_unfinished_run_began_with(project):
+    """Would catch: a run that goes on with another count, which gives other weights."""
+    for seed, (state, config) in enumerate(
+        [("stopped", {"threads": 3}), ("stopped", {}), ("finished", {"threads": 3})]
+    ):
+        (make_run(project, seed + 1, state=state) / "config.json").write_text(json.dumps(config))
+    job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2, 3, 4)))
+    plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project).stdout
+    assert [line.split("\t")[2] for line in plan.splitlines()] == ["3", "-", "-", "-"]
+
+
+def test_a_comment_begins_at_the_start_of_a_word_as_in_bash(project):
+    """Would catch: `--exp-name a#b` cut to `a`, so that another run is trained."""
+    words = ["a#b", "'a #b'", '"a #b"#c', r"a\ #b", "'#b'", r"\#b", "a'b'#c", "a #b", "a\t#don't"]
+    for word in words:
+        job_list(project, f"python standin.py --exp-name {word}")
+        plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project)
+        bash_reads = bash("-c", f"printf '%s\n' {word}").stdout.split("\n")[0]
+        log = plan.stdout.split("\t")[3]
+        assert log == f"runs/.sweep/BreakoutNoFrameskip-v4__{bash_reads}__tanh-lan__1.log", (word, plan.stderr)
+
+
+def test_880_runs_at_once(project):
+    """Would catch: something slow for each run."""
+    for seed in range(880):
+        make_run(project, seed + 1, START, state="stopped", step=5, steps_per_second=1)
+    began = time.monotonic()
+    assert len(states(project, 880)[0]) == 880
+    assert time.monotonic() - began < 4  # 0.4 s on an idle core
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "error: no luck\n" * 20_000 + "=== 2026-01-01T00:00:09+00:00 exit 1\n",
+        "error: no luck\n=== 2026-01-01T00:00:09+00:00 exit 1\nand a child's last words\n",
+    ],
+)
+def test_a_failed_runs_status_whatever_its_log_holds(project, log):
+    """Would catch: a failed run shown as waiting or stopped, because of where its last lines are."""
+    file = project / "runs" / ".sweep" / "BreakoutNoFrameskip-v4__standin__tanh-lan__1.log"
+    file.parent.mkdir(parents=True)
+    start = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
+    file.write_text(start + log)
+    done = sweep(project, "--status", job_list(project, "python standin.py"))
+    assert done.stdout.startswith("failed "), done.stdout
