@@ -197,6 +197,9 @@ class QNetwork(nn.Module):
         return self.q(z.float())
 
 
+Network = QNetwork  # by this name scripts/enjoy.py finds it
+
+
 # ------------------------------------------------------------------------------------------ mathematics
 
 

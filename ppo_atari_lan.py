@@ -106,7 +106,9 @@ def check_flags(args: Args) -> None:
             args.checkpoint_frequency == 0,
             "--env-backend ale cannot save its games: a run cannot resume; accept that with --checkpoint-frequency 0",
         )
-        require(args.seed < 2**31 - args.num_envs, args, "seed", "be below 2**31 for --env-backend ale")
+        require(
+            args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
+        )
     largest = f"--num-envs {args.num_envs}, --num-steps {args.num_steps} or --metrics-samples {args.metrics_samples}"
     check_memory(memory_needed(args), f"lower {largest}")
 
@@ -214,6 +216,9 @@ class ActorCritic(nn.Module):
             z = self.representation(self.trunk(x))
         z = z.float()
         return self.actor(z), self.critic(z).squeeze(1)
+
+
+Network = ActorCritic  # by this name scripts/enjoy.py finds it
 
 
 # ------------------------------------------------------------------------------------------ mathematics

@@ -1,25 +1,114 @@
 #!/usr/bin/env bash
-# From nothing to a DQN with a LaN that has trained on real Breakout, and its curves, in some three minutes on two CPU
-# cores:
-#   bash scripts/quickstart.sh [flags of dqn_atari_lan.py]
-# The schedule is the paper's, scaled down; run again, it resumes or says that the run has finished.
+# The paper's idea in some three minutes on two CPU cores: PPO learns Breakout twice, side by side, with ReLU and with a
+# tanh LaN as its last hidden layer; then what became of their neurons, in numbers and in one picture.
+#   bash scripts/quickstart.sh                 from nothing: makes .venv first
+#   bash scripts/quickstart.sh --seed 2        flags of ppo_atari_lan.py, for both agents
+# Everything goes into the folder quickstart/ (another one: --runs-dir DIR). Ctrl-C stops both agents so that the same
+# command goes on with them; once they have finished it only shows the result again.
 set -euo pipefail
-source "$(dirname "$0")/venv.sh"
 
-.venv/bin/python dqn_atari_lan.py \
-    --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1 --exp-name quickstart \
-    --total-timesteps 20000 --buffer-size 20000 --learning-starts 2000 --exploration-fraction 0.5 \
-    --metrics-frequency 3000 --checkpoint-frequency 6000 "$@"
-
-runs=runs
+dir=quickstart
+flags=("$@")
 while (($#)); do
     case $1 in
-        -h | --help) exit 0 ;;
-        --runs-dir=*) runs=${1#*=} ;;
-        --runs-dir) runs=$2 ;;
+        -h | --help)
+            sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        --runs-dir=*) dir=${1#*=} ;;
+        --runs-dir) dir=${2-} ;;
     esac
     shift
 done
-echo "drawing; most figures compare activations, a single run gives its own curves:"
-.venv/bin/python plot_results.py --runs-dir "$runs" --out-dir figures --allow-unfinished
-echo "  curves          open figures/index.html"
+source "$(dirname "$0")/venv.sh"
+
+agents=(relu tanh-lan)
+words="bash scripts/quickstart.sh${flags[*]:+ $(printf '%q ' "${flags[@]}")}"
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+
+# A signal reaches both agents as SIGTERM, for which they save; bash lets them start deaf to Ctrl-C.
+stopped=
+stop() {
+    stopped=${stopped:-$1}
+    trap '' INT TERM
+    end_line
+    echo "stopping: both agents save first, which takes a few seconds"
+    for agent in "${agents[@]}"; do kill -TERM "${pids[$agent]}" 2> /dev/null || true; done
+}
+declare -A pids
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+for agent in "${agents[@]}"; do
+    .venv/bin/python ppo_atari_lan.py --runs-dir "$dir" --env-id BreakoutNoFrameskip-v4 --total-timesteps 25000 \
+        --metrics-frequency 2000 --checkpoint-frequency 5000 --num-threads 1 --no-async-envs \
+        ${flags[@]+"${flags[@]}"} --activation "$agent" < /dev/null > "$logs/$agent" 2>&1 &
+    pids[$agent]=$!
+done
+
+# The run's folder, as the training script says it: while it trains, and of a run that has finished before.
+folder() { sed -n 's/^  run folder  //p; s/ has finished; --overwrite trains it anew$//p' "$logs/$1" | head -n 1; }
+# A number of its status.json.
+number() { sed -n "s/.*\"$2\": \([0-9]*\).*/\1/p" "$(folder "$1")/status.json" 2> /dev/null || true; }
+progress() { # what precedes the line, what ends it
+    local line= agent step total=
+    for agent in "${agents[@]}"; do
+        step=$(number "$agent" step)
+        total=$(number "$agent" total_timesteps)
+        line+=$(printf '%s %3d %%' "$agent" $((100 * ${step:-0} / ${total:-25000})))"   "
+    done
+    printf "$1  %sof %d agent steps   %d:%02d$2" "$line" "${total:-25000}" $((SECONDS / 60)) $((SECONDS % 60))
+}
+on_line= # is the cursor behind a line of progress?
+end_line() { [[ -z $on_line ]] || echo; on_line=; }
+
+echo "PPO learns Breakout twice: with ReLU (relu) and with a LaN (tanh-lan) as its last hidden layer."
+echo "  agents      $dir"
+shown=$SECONDS
+while [[ -n $(jobs -rp) ]]; do
+    sleep 1
+    [[ -z $stopped ]] || continue
+    if [[ -t 1 ]]; then
+        progress '\r' ''
+        on_line=yes
+    elif ((SECONDS - shown >= 15)); then
+        progress '' '\n'
+        shown=$SECONDS
+    fi
+done
+end_line
+
+failed=0
+for agent in "${agents[@]}"; do
+    code=0
+    wait "${pids[$agent]}" || code=$?
+    ((code == 0)) || failed=${stopped:-$code}
+done
+if [[ -n $stopped ]] && ((failed)); then
+    echo "stopped; the same command goes on: $words" >&2
+    exit "$stopped"
+fi
+if ((failed)); then
+    # Both agents say the same of a bad flag; what is no one-line error is shown whole.
+    { grep -h '^error: ' "$logs"/* || cat "$logs/${agents[0]}"; } | sort -u >&2
+    exit "$failed"
+fi
+
+lan=$(folder tanh-lan)
+steps=$(number tanh-lan step)
+share=$(awk "BEGIN { printf \"%.2g\", $steps / 1e5 }") # percent of 10,000,000
+picture=$dir/quickstart.png
+echo
+.venv/bin/python scripts/compare.py "$(folder relu)" "$lan" --out "$picture"
+cat << END
+
+A dead neuron says (almost) the same whatever the observation. Most that you see of the ReLU's are so from the start.
+Not shown: a return that means anything, or the end of a training. $steps agent steps are $share % of the paper's.
+
+  the picture       open $picture
+  an agent's game   .venv/bin/python scripts/enjoy.py $lan --episodes 1 --video
+  the paper's run   .venv/bin/python ppo_atari_lan.py --activation tanh-lan
+  the sweep         .venv/bin/python scripts/jobs.py | bash scripts/sweep.sh
+  its plots         .venv/bin/python plot_results.py
+END

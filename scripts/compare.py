@@ -1,0 +1,175 @@
+"""A few runs side by side: what became of their neurons, in numbers and in one picture.
+
+python scripts/compare.py RUN_FOLDER RUN_FOLDER --out compare.png
+
+The study's figures take many runs (`plot_results.py`); this is for two or three, finished or not. In the upper row a
+column is a neuron and a row an observation of activations.npz, which a run writes when it finishes.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from lan_utils import study
+from lan_utils.plots import figures
+from lan_utils.plots.events import REPRESENTATION, read_events, write_whole
+from lan_utils.plots.results import BadInput, Run, finals_of, read_config
+
+OBSERVATIONS = 150  # rows of a map of neurons
+CONTRAST = 2.0  # the darkest colour stands for this many of the layer's typical standard deviations
+DEAD, CONSTANT = "dead_neurons_scaled", "std_dead_neurons"
+
+
+@dataclass
+class Args:
+    """Compare a few runs: a table on the terminal, and one picture."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """the runs' folders"""
+    out: Path = Path("compare.png")
+    """the picture, which is replaced where there is one"""
+
+
+def read_run(folder: Path) -> Run:
+    """A run with its points.
+
+    Raises:
+        BadInput: it is no run's folder, or nothing was measured in it yet.
+    """
+    try:
+        run = read_config(folder)
+    except (OSError, ValueError):
+        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable") from None
+    run.points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
+    if f"{REPRESENTATION}{DEAD}" not in run.points:
+        raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
+    return run
+
+
+def labels_of(runs: list[Run]) -> list[str]:
+    """The activations; where two runs have the same, their folders' names."""
+    labels = [figures.label_of(run.activation) for run in runs]
+    return labels if len(set(labels)) == len(labels) else [figures.plain(run.name, 60) for run in runs]
+
+
+# ------------------------------------------------------------------------------------------------- table
+
+
+def table(runs: list[Run]) -> list[str]:
+    """The newest measurement of each run, a line per quantity."""
+    finals = [finals_of(run) for run in runs]
+    widths = sorted({study.style(run.activation).width for run in runs})
+    rows = (
+        ("neurons dead", DEAD, "{:.1%}", "the paper's count, after dividing z by its scale"),
+        ("  as in the paper", "dead_neurons", "{:.1%}", "a small z counts as dead, varied or not"),
+        ("  constant", CONSTANT, "{:.1%}", "standard deviation below 0.001"),
+        ("effective rank", "effective_rank", "{:.0f}", f"of {' or '.join(map(str, widths))}"),
+        ("return", "final_return", "{:.2f}", "mean of the last 100 games"),
+    )
+    labels = labels_of(runs)
+    columns = [max(10, len(label)) + 2 for label in labels]
+    lines = [" " * 17 + "".join(label.rjust(width) for label, width in zip(labels, columns, strict=True))]
+    for name, key, form, meaning in rows:
+        values = [form.format(final[key]) if key in final else "-" for final in finals]
+        line = f"{name:17}" + "".join(value.rjust(width) for value, width in zip(values, columns, strict=True))
+        lines.append(f"{line}   {meaning}")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- picture
+
+
+def read_z(folder: Path) -> np.ndarray | None:
+    """z of activations.npz, (n, width); None where there is none that can be read."""
+    try:
+        with np.load(folder / "activations.npz", allow_pickle=False) as arrays:
+            z = arrays["z"].astype(float)
+    except Exception:  # not written yet, truncated, another program's: zip files fail in many ways
+        return None
+    return z if z.ndim == 2 and min(z.shape) > 1 and np.isfinite(z).all() else None
+
+
+def draw_neurons(axes: Axes, z: np.ndarray, label: str) -> None:
+    """z minus each neuron's mean in the layer's typical standard deviations, the neurons that vary most first."""
+    z = z - z.mean(axis=0)
+    z = z[:, np.argsort(-z.std(axis=0), kind="stable")]
+    scale = z.std() or 1.0
+    rows = np.linspace(0, len(z) - 1, min(OBSERVATIONS, len(z))).astype(int)
+    axes.imshow(z[rows] / scale, cmap="RdBu_r", vmin=-CONTRAST, vmax=CONTRAST, aspect="auto", interpolation="nearest")
+    axes.set(title=label, xlabel=f"{z.shape[1]} neurons, the most varied first", yticks=[])
+    axes.grid(False)
+
+
+def draw_curve(axes: Axes, runs: list[Run], quantity: str, **style: object) -> None:
+    for run in runs:
+        points = run.points.get(f"{REPRESENTATION}{quantity}")
+        if points is not None:
+            look = figures.look_of(run.activation) | {"linestyle": "-"} | style
+            axes.plot(points["step"], points["value"], **look)
+    length = max(int(run.points[f"{REPRESENTATION}{DEAD}"]["step"][-1]) for run in runs)
+    figures.finish_axes(axes, length, quantity)
+
+
+def draw(runs: list[Run]) -> Figure:
+    """Above, the neurons of each run; below, dead neurons and rank over the training."""
+    labels, maps = labels_of(runs), [read_z(run.folder) for run in runs]
+    has_maps = all(z is not None for z in maps)
+    figure = Figure((7.2, 5.4 if has_maps else 2.9), layout="constrained")
+    parts = figure.subfigures(2 if has_maps else 1, 1, squeeze=False, height_ratios=[1.15, 1][: 1 + has_maps])[:, 0]
+    if has_maps:
+        for i, (axes, z) in enumerate(zip(parts[0].subplots(1, len(runs), squeeze=False)[0], maps, strict=True)):
+            share = finals_of(runs[i])[DEAD]
+            draw_neurons(axes, z, f"{labels[i]}: {share:.0%} of the neurons are dead")
+            axes.set_ylabel("observations" if i == 0 else "")
+        parts[0].suptitle(
+            "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."
+        )
+    left, right = parts[-1].subplots(1, 2)
+    draw_curve(left, runs, DEAD)
+    draw_curve(left, runs, CONSTANT, **figures.STD_DEAD)
+    left.set_ylabel(figures.AXES[DEAD])
+    draw_curve(right, runs, "effective_rank")
+    right.set_ylim(0, max(study.style(run.activation).width for run in runs))
+    handles = [
+        Line2D([], [], color=study.style(run.activation).color, label=label)
+        for run, label in zip(runs, labels, strict=True)
+    ]
+    handles.append(Line2D([], [], color=figures.GREY, label=figures.STD_DEAD_LABEL, **figures.STD_DEAD))
+    parts[-1].legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def main(args: Args) -> None:
+    if not args.folders:
+        raise BadInput("name the folders of the runs to compare")
+    runs = [read_run(folder) for folder in args.folders]
+    print("\n".join(table(runs)))
+    with matplotlib.rc_context(figures.LOOK):
+        buffer = BytesIO()
+        draw(runs).savefig(buffer, format="png", metadata={"Software": None})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < 40:
+        os.environ["COLUMNS"] = "40"  # tyro cannot draw its help in less than 8
+    arguments = tyro.cli(Args, description=Args.__doc__)
+    try:
+        main(arguments)
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        sys.exit(
+            print(f"error: cannot write {error.filename or arguments.out}: {error.strerror}", file=sys.stderr) or 1
+        )

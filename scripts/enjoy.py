@@ -1,0 +1,279 @@
+"""Watch what was trained, finished or not: play whole games with a run's newest weights.
+
+python scripts/enjoy.py runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1
+
+python scripts/enjoy.py RUN_FOLDER --episodes 1 --video
+
+The games are those of the script's own `evaluate`: with as many games and the same seed they are the very games that
+`--eval-episodes` played at the end of the training. What is written goes into a new folder RUN_FOLDER/enjoy_<n>. The
+run itself is only read, also while it trains. Everything is computed on the CPU.
+
+Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Network(actions, activation, amp)`,
+`make_env(env_id)` and `evaluate(network, env_id, seed, games, video_folder, watch)`.
+"""
+
+import csv
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import metrics
+from lan_utils import checkpoint
+from lan_utils.checks import check_env_id, check_ffmpeg, refuse_unless
+from lan_utils.cli import BadInput, leave, parse, print_line, warn
+from lan_utils.folder import read_json
+from lan_utils.study import ATARI_SCORES, ROOT
+
+
+@dataclass
+class Args:
+    """Play whole games with what a run has trained so far; the run's folder is only read."""
+
+    folder: tyro.conf.Positional[Path]
+    """the run's folder, e.g. runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1"""
+    episodes: int = 5
+    """whole games to play, with the exploration of an evaluation"""
+    seed: int | None = None
+    """of the games; None takes the run's own"""
+    video: bool = False
+    """film each game as mp4 into a new folder RUN_FOLDER/enjoy_<n>"""
+    watch: bool = False
+    """show the games in a window"""
+    measure: bool = False
+    """measure the representation on these games' observations; activations.npz goes into RUN_FOLDER/enjoy_<n>"""
+
+
+# ------------------------------------------------------------------------------------------ what was trained
+
+
+def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+    """The algorithm's script, and every flag of the run by its snake_case name.
+
+    Raises:
+        BadInput: it is no run's folder, or of an algorithm, a game or an activation that is not here.
+    """
+    file = folder / "config.json"
+    refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")
+    refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder, e.g. {folder.parent}")
+    inside = sorted(run.parent for run in folder.glob("*/config.json"))
+    hint = f"one of those in it, e.g. {inside[0]}" if inside else "another one"
+    refuse_unless(os.path.lexists(file), f"{folder} is not a run's folder (no config.json); name {hint}")
+    config = read_json(file)
+    algorithm, flags = config.get("algorithm"), config.get("args")
+    kinds = {"env_id": str, "activation": str, "seed": int, "dead_threshold": float, "metrics_samples": int}
+    is_config = isinstance(algorithm, str) and isinstance(flags, dict)
+    is_config = is_config and all(isinstance(flags.get(name), kind) for name, kind in kinds.items())
+    refuse_unless(is_config, f"{file} is damaged, or not what a run writes; restore it from a backup")
+    name = f"{algorithm}_atari_lan"
+    has_script = re.fullmatch(r"[a-z0-9_]+", algorithm) and (ROOT / f"{name}.py").is_file()
+    refuse_unless(bool(has_script), f"{file}: there is no {name}.py here for the algorithm {algorithm!r}")
+    script = importlib.import_module(name)
+    missing = [part for part in ("Network", "make_env", "evaluate") if not hasattr(script, part)]
+    refuse_unless(not missing, f"{file}: {name}.py has no {' and no '.join(missing)}, which this program needs")
+    try:
+        check_env_id(flags["env_id"])
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from None
+    return script, flags
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], int, Path]:
+    """The newest weights of a run: of model.pt, or of the newest whole checkpoint where there is none yet.
+
+    Of a checkpoint only the file with the network is read, not the replay memory beside it.
+
+    Returns:
+        The network's state dict, the agent step that it is of, and its file.
+
+    Raises:
+        BadInput: there is neither, or none can be read.
+    """
+    model = folder / "model.pt"
+    files = sorted((folder / "checkpoints").glob("*.ckpt"), reverse=True)
+    for file in () if os.path.lexists(model) else files:
+        try:
+            state = checkpoint.read_checked(file)
+            step = int(state["step"])
+            return next(iter(state["things"].values())), step, file  # Run.resume: the network comes first
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            warn(f"{error}; trying the checkpoint before it")
+    # Here also when a training has finished meanwhile: first it writes model.pt, then it deletes its checkpoints.
+    if not os.path.lexists(model):
+        unsaved = "nothing is saved yet: neither a model.pt nor a checkpoint; a run saves when Ctrl-C stops it"
+        raise BadInput(f"{folder}: " + (f"none of its {len(files)} checkpoints is whole" if files else unsaved))
+    try:
+        weights = torch.load(model, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError, KeyError):
+        raise BadInput(f"{model} is damaged; restore it from a backup, or train anew with --overwrite") from None
+    return weights, int(read_json(folder / "status.json").get("step") or 0), model
+
+
+def load_network(script: ModuleType, flags: dict[str, Any], weights: Any, file: Path) -> nn.Module:
+    """The script's network with these weights.
+
+    Raises:
+        BadInput: the weights, or the activation, are not of this script.
+    """
+    env = script.make_env(flags["env_id"])
+    actions = int(env.action_space.n)
+    env.close()
+    activation = flags["activation"]
+    try:
+        network = script.Network(actions, activation, bool(flags.get("amp")))
+    except KeyError:
+        raise BadInput(f"{file.parent}: {script.__name__}.py has no activation {activation!r}") from None
+    network.to(memory_format=torch.channels_last)  # as in training: another layout rounds differently
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise BadInput(f"{file} does not fit the network of {script.__name__}.py: {detail}") from None
+    refuse_unless(checkpoint.all_finite(network.state_dict()), f"{file} holds weights that are NaN or infinite")
+    return network
+
+
+# ------------------------------------------------------------------------------------------------- games
+
+
+class Sample:
+    """A uniform sample of the observations that a network is shown (reservoir sampling, Vitter's algorithm R)."""
+
+    def __init__(self, network: nn.Module, size: int, seed: int):
+        self.observations: list[Tensor] = []
+        self.seen, self.size, self.rng = 0, size, np.random.default_rng(seed)
+        self.hook = network.register_forward_pre_hook(self._add)
+
+    def _add(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.seen += 1
+        place = len(self.observations) if self.seen <= self.size else int(self.rng.integers(self.seen))
+        if place < self.size:
+            self.observations[place : place + 1] = [inputs[0].clone()]
+
+
+def new_folder(folder: Path) -> Path:
+    """Make RUN_FOLDER/enjoy_<n> with the lowest n from 1 on that is not taken.
+
+    Raises:
+        BadInput: the run's folder cannot be written.
+    """
+    for n in range(1, 2**31):
+        try:
+            made = folder / f"enjoy_{n}"
+            made.mkdir()
+            return made
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"{folder} cannot be written ({error.strerror}): leave out --video and --measure") from None
+    raise AssertionError
+
+
+def atari_scores(env_id: str) -> tuple[float, float] | None:
+    """Random and human score; None for a game without."""
+    with open(ATARI_SCORES, newline="") as file:
+        scores = {row["env_id"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)}
+    return scores.get(env_id)
+
+
+def report_scores(scores: list[float], env_id: str) -> Iterator[str]:
+    """Mean and standard deviation (ddof 1) beside the random and the human score, a line each."""
+    yield f"  mean      {np.mean(scores):10.2f}"
+    if len(scores) > 1:
+        yield f"  deviation {np.std(scores, ddof=1):10.2f}   standard deviation over {len(scores)} games"
+    if known := atari_scores(env_id):
+        yield f"  random    {known[0]:10.2f}   a random player's mean"
+        yield f"  human     {known[1]:10.2f}   a human player's mean"
+    else:
+        yield f"  random and human score: {env_id} is not in {ATARI_SCORES.name}"
+
+
+def measure(network: nn.Module, observations: Tensor, flags: dict[str, Any], seed: tuple[int, int], out: Path) -> None:
+    """Print what `metrics` says of the representation on these observations, and write `activations.npz`."""
+    sample = metrics.activations(network, observations)
+    values = metrics.log_representation(None, sample, flags["dead_threshold"], seed, step=0)
+    print_line(f"representation, on {len(observations):,} observations of these games")
+    for name, value in values.items():
+        text = f"{value:.1%}" if "neurons" in name else f"{value:.1f}"
+        print_line(f"  {name:22} {text:>8}")
+    arrays = {name: part.numpy() for name, part in sample.items()}
+    checkpoint.replace(out / "activations.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+def check_flags(args: Args) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        BadInput
+    """
+    refuse_unless(args.episodes > 0, f"--episodes is {args.episodes}; it must be positive")
+    refuse_unless(args.seed is None or 0 <= args.seed < 2**53, f"--seed is {args.seed}; it must lie in [0, 2**53)")
+    refuse_unless(not (args.watch and args.video), "--watch and --video exclude each other: a game is shown or filmed")
+    if args.watch and sys.platform == "linux":
+        has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        refuse_unless(bool(has_display), "--watch needs a display, and there is none here; film instead with --video")
+    if args.video:
+        check_ffmpeg("--video")
+
+
+def main(args: Args) -> None:
+    check_flags(args)
+    script, flags = read_run(args.folder)
+    weights, step, file = read_weights(args.folder)
+    network = load_network(script, flags, weights, file)
+    torch.set_num_threads(1)  # more would only disturb a training beside it
+    seed = flags["seed"] if args.seed is None else args.seed
+
+    algorithm = script.__name__.removesuffix("_atari_lan").upper()
+    state = "finished" if file.name == "model.pt" else "not finished yet"
+    print_line(f"{algorithm}, {flags['activation']}, on {flags['env_id']}, games of seed {seed}")
+    print_line(f"  weights   {file}")
+    print_line(f"  trained   {step:,} agent steps, {state}")
+    sample = Sample(network, flags["metrics_samples"], seed) if args.measure else None
+    out = new_folder(args.folder) if args.video or args.measure else None
+    scores = []
+    try:
+        video_folder = out if args.video else None
+        for score in script.evaluate(network, flags["env_id"], seed, args.episodes, video_folder, args.watch):
+            print_line(f"  {f'game {len(scores)}':9} {score:10g}")
+            scores.append(score)
+        for line in report_scores(scores, flags["env_id"]):
+            print_line(line)
+        if sample:
+            sample.hook.remove()
+            width = network.representation.width
+            refuse_unless(
+                sample.seen >= width,
+                f"--episodes {args.episodes}: {sample.seen} observations are too few to measure {width} neurons; "
+                "play more games",
+            )
+            measure(network, torch.cat(sample.observations), flags, (seed, step), out)
+    finally:
+        if out and any(out.iterdir()):
+            print_line(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+        elif out:
+            out.rmdir()
+
+
+if __name__ == "__main__":
+    arguments = parse(Args)
+    try:
+        main(arguments)
+    except BadInput as error:
+        leave(2, f"error: {error}")
+    except OSError as error:
+        leave(1, f"error: cannot use {error.filename or arguments.folder}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        leave(130, "stopped by Ctrl-C")
