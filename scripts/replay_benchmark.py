@@ -5,7 +5,6 @@ python scripts/replay_benchmark.py --full     Q*bert, the largest: 1,000,000 tra
                                               again; resident memory, a checkpoint's stall, its load, the disk
 """
 
-import shutil
 import signal
 import sys
 import tempfile
@@ -18,11 +17,15 @@ import psutil
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_atari_lan as dqn
-
-GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders", "VideoPinball")
+import metrics
+from lan_utils.checkpoint import Variables
+from lan_utils.checks import require
+from lan_utils.cli import BadInput, leave
+from lan_utils.replay import ReplayMemory
+from lan_utils.run import Run, set_up
+from lan_utils.study import GAMES
 
 
 @dataclass
@@ -42,7 +45,7 @@ def play(game: str, steps: int) -> list[tuple]:
     for _ in range(steps):
         action = int(rng.integers(env.action_space.n))
         next_frame, reward, terminated, truncated, _ = env.step(action)
-        transitions.append((frame[..., 0], action, reward, terminated, truncated, next_frame[..., 0]))
+        transitions.append((frame, action, reward, terminated, truncated, next_frame))
         frame = env.reset()[0] if terminated or truncated else next_frame
     return transitions
 
@@ -62,65 +65,62 @@ def compare_games(steps: int) -> None:
     rng = np.random.default_rng(0)
     for game in GAMES:
         transitions = play(game, steps)
-        memory = dqn.ReplayMemory(steps)
+        memory = ReplayMemory(steps)
         start = time.perf_counter()
         for transition in transitions:
             memory.add(*transition)
         add = (time.perf_counter() - start) / steps
-        columns = sum(a.nbytes for a in vars(memory).values() if isinstance(a, np.ndarray) and len(a) == memory.kept)
-        size = (sum(map(len, memory.segments.values())) + columns) / steps
+        columns = [a for a in vars(memory).values() if isinstance(a, np.ndarray) and len(a) == memory.rows]
+        size = sum(map(len, memory.frames.values())) / steps + sum(a.itemsize for a in columns)
         sample = timed(lambda m=memory: m.sample(32, rng, torch.device("cpu")), 200)
         print(f"{game:<14}{size:>17.0f}{size / 1000:>18.2f}{add * 1e6:>8.1f}{sample * 1e3:>17.2f}", flush=True)
 
 
 def fill_and_checkpoint(steps: int) -> None:
-    device = checkpoint.set_up_device(dqn.Args(cuda=False))
     transitions = play("Qbert", steps)
     process = psutil.Process()
-    before = process.memory_info().rss
-    memory = dqn.ReplayMemory(1_000_000)
-    for n in range(1_500_000):
-        memory.add(*transitions[n % steps])
-    print(
-        f"resident memory of 1,000,000 transitions after 1,500,000: {(process.memory_info().rss - before) / 1e9:.2f} GB"
-    )
+    with tempfile.TemporaryDirectory(dir=".") as runs_dir:
+        args = dqn.Args(env_id="QbertNoFrameskip-v4", cuda=False, runs_dir=runs_dir)
+        device, rng = set_up(args)
+        before = process.memory_info().rss
+        memory = ReplayMemory(1_000_000)
+        for n in range(1_500_000):
+            memory.add(*transitions[n % steps])
+        resident = (process.memory_info().rss - before) / 1e9
+        print(f"resident memory of 1,000,000 transitions after 1,500,000: {resident:.2f} GB", flush=True)
 
-    folder = Path(tempfile.mkdtemp(dir="."))
-    try:
         network = dqn.QNetwork(18, "tanh-lan").to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        rng = np.random.default_rng(0)
         for _ in range(20):
             batch = memory.sample(32, rng, device)
             optimizer.zero_grad()
             dqn.td_loss(network, network, batch, 0.99, True)[0].backward()
             optimizer.step()
-        sample = dqn.activations(network, memory.frames(rng.integers(500_000, 1_500_000, 2048))[:, :4], device)
-        dqn.log_representation(None, sample, 20.0, seed=1, step=0)
-        run = checkpoint.Run(folder, "dqn")
-        run.writer = checkpoint.SummaryWriter(str(folder))
-        state = {"online": network.state_dict(), "target": network.state_dict(), "optimizer": optimizer.state_dict()}
+        sample = metrics.activations(network, memory.observations(2048, seed=1))
+        metrics.log_representation(None, sample, 20.0, seed=(1, 0), step=0)
+        run = Run("dqn", args, device, rng)
+        play_state = Variables(step=0)
+        run.resume(q_network=network, target=network, optimizer=optimizer, memory=memory, play=play_state)
         stalls = []
-        oldest = memory.added - memory.kept
-        for step in range(oldest + 50_000, memory.added + 1, 50_000):  # the default --checkpoint-frequency
+        for _ in range(5):
+            for n in range(50_000):  # the default --checkpoint-frequency
+                memory.add(*transitions[n % steps])
             start = time.perf_counter()
-            run.save(step, state, memory.export, oldest)
+            run.save(memory.added)
             stalls.append(time.perf_counter() - start)
-        print(
-            f"a checkpoint of 50,000 new ones and a LaN's weights: {np.median(stalls):.2f} s, most {max(stalls):.2f} s"
-        )
+        first, *others = stalls
+        print(f"the first checkpoint, of all of it: {first:.1f} s")
+        print(f"the next ones, 50,000 new and a LaN's weights: {np.median(others):.2f} s, most {max(others):.2f} s")
         print(f"peak resident memory of training, measuring and checkpoints with it: {peak_rss() / 1e9:.2f} GB")
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        print(f"run folder: {size / 1e9:.2f} GB")
+        size = sum(file.stat().st_size for file in Path(runs_dir).rglob("*") if file.is_file())
+        print(f"run folder: {size / 1e9:.2f} GB", flush=True)
         start = time.perf_counter()
-        loaded = checkpoint.Run(folder, "dqn")
-        loaded.load()
-        copy = dqn.ReplayMemory(1_000_000)
-        copy.restore(loaded.resumed["step"], loaded.read_segments(), memory.newest_frame, True)
+        state = next(run.checkpoints.load())
+        ReplayMemory(1_000_000).load_state_dict(state["things"]["memory"])
         print(f"loading it: {time.perf_counter() - start:.1f} s")
         print(f"peak resident memory of all this: {peak_rss() / 1e9:.2f} GB")
-    finally:
-        shutil.rmtree(folder)
+        run.state = "stopped"  # the folder is gone when the process ends
+        run.writer.close()
 
 
 def peak_rss() -> int:
@@ -132,9 +132,10 @@ def peak_rss() -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     args = tyro.cli(Args, description=__doc__)
-    if not 32 <= args.steps <= 1_000_000:
-        checkpoint.leave(2, f"error: --steps is {args.steps}; it must lie in 32, a minibatch, to 1,000,000")
     try:
+        require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
         fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
+    except BadInput as error:
+        leave(2, f"error: {error}")
     except KeyboardInterrupt:
-        checkpoint.leave(130, "interrupted")
+        leave(130, "interrupted")
