@@ -36,7 +36,7 @@ from lan_utils.run import Run, RunArgs, set_up
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
-    """Train DQN on an Atari game with a chosen last hidden layer. "Table 3" marks the paper's hyperparameters."""
+    """Train DQN on an Atari game. "Table 3" marks the paper's hyperparameters."""
 
     exp_name: str = "dqn_atari_lan"
     """second part of the run folder's name"""

@@ -34,7 +34,7 @@ from lan_utils.run import Run, RunArgs, set_up
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
-    """Train PPO on an Atari game with a chosen last hidden layer. "Table 4" marks the paper's hyperparameters."""
+    """Train PPO on an Atari game. "Table 4" marks the paper's hyperparameters."""
 
     exp_name: str = "ppo_atari_lan"
     """second part of the run folder's name"""

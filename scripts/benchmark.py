@@ -1,4 +1,4 @@
-"""Training speed and memory, side by side with stable-baselines3, and where an agent step goes.
+"""Training speed and memory beside stable-baselines3, and where a step goes.
 
 python scripts/benchmark.py                 one run at a time, five rounds, and a breakdown
 python scripts/benchmark.py --quick         one round of the main ones, in three minutes; writes nothing
@@ -579,7 +579,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # and end the runs too
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
     except BadInput as error:
         leave(2, f"error: {error}")
     except RunFailed as error:

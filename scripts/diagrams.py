@@ -1,4 +1,4 @@
-"""The two networks with and without a LaN, as they are: every number is read off the modules (paper, Fig. 3 and 9).
+"""The two networks with and without a LaN, as they are (paper, Fig. 3 and 9).
 
 python scripts/diagrams.py                 seconds; replaces results/figures/architecture_*.png
 

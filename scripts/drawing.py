@@ -42,7 +42,7 @@ class Args:
 def launch(main: Callable[[Path], None], doc: str) -> None:
     """Parse the command line and run `main(out_dir)`; what a user can cause ends in one line and an exit code."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    out_dir = tyro.cli(Args, description=doc).out_dir
+    out_dir = tyro.cli(Args, description=doc.split("\n")[0]).out_dir
     try:
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:

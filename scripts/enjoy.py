@@ -40,7 +40,7 @@ from lan_utils.study import ATARI_SCORES, ROOT
 
 @dataclass
 class Args:
-    """Play whole games with what a run has trained so far; the run's folder is only read."""
+    """Play whole games with what a run has trained so far, finished or not."""
 
     folder: tyro.conf.Positional[Path]
     """the run's folder, e.g. runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1"""

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The paper's idea in some three minutes on two CPU cores: PPO learns Breakout twice, side by side, with ReLU and with a
-# tanh LaN as its last hidden layer; then what became of their neurons, in numbers and in one picture.
-#   bash scripts/quickstart.sh                 from nothing: makes .venv first
-#   bash scripts/quickstart.sh --seed 2        flags of ppo_atari_lan.py, for both agents
-# Everything goes into the folder quickstart/ (another one: --runs-dir DIR). Ctrl-C stops both agents so that the same
-# command goes on with them; once they have finished it only shows the result again.
+# The paper's idea in three minutes on two CPU cores: PPO learns Breakout twice,
+# side by side, with ReLU and with a tanh LaN as its last hidden layer; then what
+# their neurons are like, in numbers and in one picture.
+#   bash scripts/quickstart.sh             from nothing: makes .venv first
+#   bash scripts/quickstart.sh --seed 2    flags of ppo_atari_lan.py, for both
+# Everything goes into the folder quickstart/ (another one: --runs-dir DIR).
+# Ctrl-C stops both agents so that the same command goes on with them; once they
+# have finished it only shows the result again.
 set -euo pipefail
 
 dir=quickstart

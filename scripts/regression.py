@@ -1,4 +1,4 @@
-"""How well do shallow and deep networks fit y = 10 sin(7x) + 15 sin(10x) + 5 cos(5x)? (paper, Fig. 2, 12a, 12b)
+"""How well do shallow and deep networks fit a wavy curve? (paper, Fig. 2 and 12)
 
 python scripts/regression.py                 some two and a half minutes on two CPU cores; replaces results/regression*
 

@@ -131,7 +131,7 @@ def peak_rss() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__.split("\n")[0])
     try:
         require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
         fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)

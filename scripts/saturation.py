@@ -1,4 +1,4 @@
-"""How often is a product of neurons dead, and which weights still get a gradient? (paper, Section 3, Table 1, Fig. 13)
+"""How often is a product of neurons dead, which weights get a gradient? (Table 1)
 
 python scripts/saturation.py                 all of it, under a minute; replaces results/saturation*
 

@@ -6,7 +6,7 @@
 #   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   so many at once on each GPU,
 #                                                     without a GPU in all
 #   bash scripts/sweep.sh --dry-run jobs.txt          what would be run, and where
-#   bash scripts/sweep.sh --status jobs.txt           each run's state, the time left
+#   bash scripts/sweep.sh --status jobs.txt          each run's state, time left
 # Exit code: the number of runs that failed (at most 100), 2 for bad input,
 # 128 + n when stopped by signal n.
 set -fuo pipefail # -f: CUDA_VISIBLE_DEVICES is never a file pattern

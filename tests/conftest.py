@@ -1,5 +1,7 @@
-"""What several test files share: a small image game, the shell, and runs of the scripts."""
+"""What several test files share: a small image game, the shell, runs of the scripts, and what is trained but once."""
 
+import fcntl
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two test workers share two cores
+
+from lan_utils import cli  # noqa: E402
+
+SCRIPTS = ("dqn_atari_lan.py", "ppo_atari_lan.py")
 
 
 class Quadrants(gym.Env):
@@ -42,12 +48,12 @@ class Quadrants(gym.Env):
 
 
 class Recorded(RecordEpisodeStatistics):
-    """With the place of checkpoint.WholeGames's snapshot: these games are never resumed."""
+    """In the place of atari.WholeGames: these games are never resumed."""
 
-    snapshot = None
+    snapshot = state_dict = None
 
 
-def make_quadrants(env_id, render=False):
+def make_quadrants(env_id, render_mode=None):
     return Recorded(Quadrants())
 
 
@@ -56,6 +62,39 @@ def run_script(*arguments, **kwargs):
     command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280, **kwargs)
+
+
+def launch_in_process(monkeypatch, capsys, script, arguments):
+    """`python <script> <arguments>` without starting python: (exit code, stderr)."""
+    module = __import__(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as stopped:
+        cli.launch(module.main, module.Args)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def contents(folder):
+    """{path: bytes} of every file below a folder but its lock; of a link, where it leads."""
+    files = [path for path in folder.rglob("*") if path.name != ".lock" and (path.is_symlink() or path.is_file())]
+    return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in files}
+
+
+def without_run(module, folder):
+    """What `grep -v 'run\\.'` leaves of a training script, as a module."""
+    lines = Path(module.__file__).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "run." not in line]
+    assert len(lines) - len(kept) <= 8  # one of them the docstring's
+    file = folder / f"plain_{module.__name__}.py"
+    file.write_text("".join(kept))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    return plain
 
 
 def read_events(folder):
@@ -72,3 +111,22 @@ def read_events(folder):
 @pytest.fixture
 def runs_dir(tmp_path):
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)` gives the folder that `make(folder)` has filled: once for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name, make):
+        folder = base / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(base / "once" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (done := base / "once" / f"{name}.done").exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return get

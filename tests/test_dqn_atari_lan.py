@@ -1,18 +1,20 @@
-"""dqn_atari_lan.py: the network, the replay memory, the mathematics, and training that learns."""
+"""dqn_atari_lan.py: the network, the mathematics, and training that learns."""
 
 import copy
 import dataclasses
+import json
+from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import make_quadrants, read_events, run_script
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from stable_baselines3.common.buffers import ReplayBuffer
+from conftest import make_quadrants, read_events, run_script, without_run
 
 import dqn_atari_lan as dqn
+import metrics
+from lan_utils import study
+from lan_utils.cli import RunFailed
+from lan_utils.replay import Batch
 
 ACTIVATIONS = list(dqn.REPRESENTATIONS)
 
@@ -42,6 +44,14 @@ def test_defaults_are_table_3():
         flag = text.split(f" --{name.replace('_', '-')} ")[1].split(" --")[0]
         assert f"(Table 3) (default: {value})" in flag, name
     assert all(f" --{f.name.replace('_', '-')}" in text for f in dataclasses.fields(dqn.Args))
+    assert args.exp_name == Path(dqn.__file__).stem  # the script's name: no two scripts share a folder
+
+
+def test_the_study_knows_every_activation_and_its_width():
+    """Would catch: an activation that is trained and never drawn, or a rank divided by another layer's width."""
+    widths = {name: layer.width for name, layer in dqn.REPRESENTATIONS.items()}
+    assert widths == {name: style.width for name, style in study.ACTIVATIONS.items()}
+    assert all(dqn.QNetwork(4, name).representation.width == width for name, width in widths.items())
 
 
 # --------------------------------------------------------------------------------------- representation
@@ -119,114 +129,11 @@ def test_the_network_divides_by_255_and_its_convolutions_keep_relu():
 def test_activations_gives_z_and_the_factors_whose_product_it_is():
     network = dqn.QNetwork(4, "tanh-2xlan")
     observations = torch.randint(0, 256, (300, 4, 84, 84), dtype=torch.uint8)  # more than one chunk
-    sample = dqn.activations(network, observations, torch.device("cpu"))
+    sample = metrics.activations(network, observations)
     assert list(sample) == ["z", "z_enc", "z_star", "z_star2"]
     torch.testing.assert_close(sample["z"], sample["z_enc"] * sample["z_star"] * sample["z_star2"])
     torch.testing.assert_close(network.q(sample["z"]), network(observations), atol=1e-5, rtol=1e-4)
-    assert list(dqn.activations(dqn.QNetwork(4, "relu"), observations[:2], torch.device("cpu"))) == ["z"]
-
-
-# ---------------------------------------------------------------------------------------- replay memory
-
-
-def play(memory, stacks, episodes):
-    """Feed both memories made-up episodes (length, truncated?); returns which transitions terminated."""
-    number, terminations = 0, []
-    for length, truncated in episodes:
-        observation = np.full((4, 84, 84), number % 251, np.uint8)
-        for step in range(length):
-            number += 1
-            done = step == length - 1
-            next_frame = np.full((84, 84), number % 251, np.uint8)
-            next_observation = np.concatenate((observation[1:], next_frame[None]))
-            action, reward = number % 18, float(number % 3 - 1)
-            terminated = done and not truncated
-            memory.add(observation[3], action, reward, terminated, done and truncated, next_frame)
-            stacks.add(
-                observation, next_observation, np.array([action]), np.array([reward]), np.array([terminated]), [{}]
-            )
-            terminations.append(terminated)
-            observation = next_observation
-        number += 1  # the next episode begins with a frame of its own
-    return terminations
-
-
-def sb3_memory(capacity):
-    return ReplayBuffer(
-        capacity,
-        gym.spaces.Box(0, 255, (4, 84, 84), np.uint8),
-        gym.spaces.Discrete(18),
-        handle_timeout_termination=False,
-    )
-
-
-class SmallSegments(dqn.ReplayMemory):
-    SEGMENT = 7
-
-
-def assert_same_memory(memory, oracle, terminations):
-    numbers = np.arange(memory.added - len(memory), memory.added)
-    assert len(numbers) == oracle.size()
-    place, i = numbers % oracle.buffer_size, numbers % memory.kept
-    frames = memory.frames(numbers).numpy()
-    np.testing.assert_array_equal(frames[:, :4], oracle.observations[place, 0])
-    lives = ~np.array(terminations)[numbers]
-    np.testing.assert_array_equal(frames[lives, 1:], oracle.next_observations[place, 0][lives])
-    np.testing.assert_array_equal(memory.actions[i], oracle.actions[place, 0, 0])
-    np.testing.assert_array_equal(memory.rewards[i], oracle.rewards[place, 0])
-    np.testing.assert_array_equal(memory.terminated[i], oracle.dones[place, 0].astype(bool))
-
-
-EPISODES = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=14)
-
-
-@given(EPISODES, st.integers(1, 30))
-@example([(1, True)] * 10, 4)  # only first frames, every one truncated
-@example([(40, False)], 5)  # wraps around inside one episode
-@example([(15, False)], 7)  # a segment has just begun, the one before is still reached
-@settings(max_examples=80, deadline=None)
-def test_replay_is_what_a_memory_of_full_stacks_would_be(episodes, capacity):
-    """Against SB3's ReplayBuffer. Would catch: stacks over an episode start or the write head, a lost last frame of a
-    truncated episode, a segment dropped too early, an off-by-one after the wrap."""
-    memory, oracle = SmallSegments(capacity), sb3_memory(capacity)
-    terminations = play(memory, oracle, episodes)
-    assert_same_memory(memory, oracle, terminations)
-    assert len(memory.segments) <= (capacity + 3) // 7 + 2  # old segments do leave
-    assert len(memory.final_frames) <= capacity
-
-
-@given(EPISODES, EPISODES, st.integers(1, 30), st.integers(0, 60))
-@settings(max_examples=40, deadline=None)
-def test_replay_survives_export_and_restore(before, after, capacity, cut):
-    """Exports in two segments, restored into a fresh memory, then both go on. Would catch: any field left behind."""
-    memory, oracle = SmallSegments(capacity), sb3_memory(capacity)
-    terminations = play(memory, oracle, before)
-    oldest = max(0, memory.added - memory.kept)
-    cut = min(max(cut, oldest), memory.added)
-    spans = [(start, stop) for start, stop in ((oldest, cut), (cut, memory.added)) if start < stop]
-    copy = SmallSegments(capacity)
-    copy.restore(memory.added, [memory.export(*span) for span in spans], memory.newest_frame, memory.starts_episode)
-    assert_same_memory(copy, oracle, terminations)
-    first, second = sb3_memory(capacity), sb3_memory(capacity)
-    assert play(memory, first, after) == play(copy, second, after)
-    numbers = np.arange(memory.added - len(memory), memory.added)
-    assert torch.equal(memory.frames(numbers), copy.frames(numbers))
-
-
-def test_sampling_is_uniform_and_reaches_both_ends():
-    """Would catch: the newest or the oldest transition never sampled, rewards of other rows."""
-    memory = SmallSegments(10)
-    play(memory, sb3_memory(10), [(25, False)])
-    rng = np.random.default_rng(0)
-    batch = memory.sample(20_000, rng, torch.device("cpu"))
-    newest = batch.frames[:, 3, 0, 0]
-    counts = torch.bincount(newest.long(), minlength=26)
-    assert (counts[:15] == 0).all()
-    assert (counts[15:25] > 1700).all()
-    assert (batch.actions == (newest.long() + 1) % 18).all()
-    assert (batch.rewards == (newest.long() + 1) % 3 - 1).all()
-    assert batch.frames.dtype == torch.uint8
-    assert (batch.terminated == (newest == 24).float()).all()
+    assert list(metrics.activations(dqn.QNetwork(4, "relu"), observations[:2])) == ["z"]
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -267,7 +174,7 @@ def test_td_loss_by_hand(double_q, next_value):
     online, target = LookupNetwork([[1.0, 5.0], [0.0, 2.0]]), LookupNetwork([[0.0, 0.0], [7.0, 3.0]])
     frames = torch.zeros(2, 5, 84, 84, dtype=torch.uint8)
     frames[:, 4] = 1  # the next observation's newest frame
-    batch = dqn.Batch(frames, torch.tensor([1, 0]), torch.tensor([10.0, 4.0]), torch.tensor([0.0, 1.0]))
+    batch = Batch(frames, torch.tensor([1, 0]), torch.tensor([10.0, 4.0]), torch.tensor([0.0, 1.0]))
     loss, q_values = dqn.td_loss(online, target, batch, 0.5, double_q)
     errors = [5 - (10 + 0.5 * next_value), 1 - 4]
     assert loss.item() == pytest.approx(sum(e**2 for e in errors) / 2)
@@ -280,7 +187,7 @@ def test_td_loss_by_hand(double_q, next_value):
 def random_batch(generator):
     frames = torch.randint(256, (32, 5, 84, 84), dtype=torch.uint8, generator=generator)
     actions = torch.randint(4, (32,), generator=generator)
-    return dqn.Batch(frames, actions, torch.randn(32, generator=generator).sign(), torch.zeros(32))
+    return Batch(frames, actions, torch.randn(32, generator=generator).sign(), torch.zeros(32))
 
 
 @pytest.mark.slow
@@ -297,15 +204,14 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = dqn.QNetwork(4, "tanh-lan").to(memory_format=torch.channels_last)
+        network = dqn.QNetwork(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
         target_network = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(dqn.td_loss, disable=not compiled)
         batches = [random_batch(generator) for _ in range(3)]
         losses = []
         for update in range(3):
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                loss, _ = loss_function(network, target_network, batches[update], 0.99, double_q=True)
+            loss, _ = loss_function(network, target_network, batches[update], 0.99, double_q=True)
             optimizer.zero_grad()
             loss.backward()
             if update == 0:
@@ -323,16 +229,57 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     assert (other_gradient - gradient).norm() < gradient_tolerance * gradient.norm()
 
 
+def scaled_network(amp):
+    """Of `tanh-lan` with Q-values around 10, as a trained one has them."""
+    torch.manual_seed(0)
+    network = dqn.QNetwork(4, "tanh-lan", amp)
+    with torch.no_grad():
+        for layer in network.representation.layers.values():
+            layer.weight *= 40
+        network.q.weight *= 5
+        network.q.bias.fill_(10.0)
+    return network
+
+
+@torch.no_grad()
+def test_amp_rounds_neither_q_values_nor_td_errors():
+    """At Q around 10 bfloat16 steps by 1/16. Would catch: a head or a target in bfloat16, which the first updates with
+    their Q of 0 cannot show: exact ties at the maximum in 8.5 % of the states, TD errors 0.04 off."""
+    observations = torch.randint(256, (512, 5, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    network, rounded = scaled_network(False), scaled_network(True)
+    q, rounded_q = network(observations[:, :4]), rounded(observations[:, :4])
+    assert (q.min() > 5, q.max() < 15, q.std() > 0.1) == (True, True, True)
+    assert rounded_q.dtype == torch.float32
+    two_best = rounded_q.topk(2, dim=1).values
+    assert (two_best[:, 0] == two_best[:, 1]).sum() == 0
+    # The best that a float32 head can do: z in bfloat16, nothing after it.
+    with torch.autocast("cpu", torch.bfloat16):
+        x = (observations[:, :4] / 255).contiguous(memory_format=torch.channels_last)
+        z = network.representation(network.trunk(x))
+    assert torch.equal(rounded_q, network.q(z.float()))
+    actions, terminated = torch.arange(512) % 4, torch.zeros(512)
+    batch = Batch(observations, actions, torch.zeros(512), terminated)
+    loss, mean_q = dqn.td_loss(rounded, rounded, batch, 0.99, double_q=True)
+    assert loss.dtype == mean_q.dtype == torch.float32
+    next_q = rounded(observations[:, 1:])
+    errors = rounded_q.gather(1, actions[:, None])[:, 0].double() - 0.99 * next_q.max(dim=1).values.double()
+    assert loss.item() == pytest.approx(errors.square().mean().item(), rel=1e-5)
+    exact = q.gather(1, actions[:, None])[:, 0] - 0.99 * network(observations[:, 1:]).max(dim=1).values
+    head_in_bfloat16 = [(values.bfloat16().float() - values).square().mean().sqrt() for values in (rounded_q, next_q)]
+    assert (errors - exact).square().mean().sqrt() < 0.6 * min(head_in_bfloat16)
+
+
 @pytest.mark.parametrize("double_q", [True, False])
-def test_the_update_never_waits_for_the_device(double_q):
+def test_the_update_never_waits_for_the_device(monkeypatch, double_q):
     """On torch's meta device any .item(), and any tensor made on the CPU, raises."""
-    network = dqn.QNetwork(6, "tanh-lan").to("meta")
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device_type, dtype: autocast("cpu", dtype))  # there is none for meta
     frames = torch.zeros(32, 5, 84, 84, dtype=torch.uint8, device="meta")
     row = torch.zeros(32, device="meta")
     for amp in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss, _ = dqn.td_loss(network, network, dqn.Batch(frames, row.long(), row, row), 0.99, double_q)
+        network = dqn.QNetwork(6, "tanh-lan", amp).to("meta")
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+        loss, _ = dqn.td_loss(network, network, Batch(frames, row.long(), row, row), 0.99, double_q)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -358,62 +305,91 @@ def train_quadrants(monkeypatch, runs_dir, **changes):
     dqn.main(args)
     (folder,) = runs_dir.iterdir()
     events = read_events(folder)
-    events.pop("charts/SPS")
+    events.pop("charts/SPS", None)
     return torch.load(folder / "model.pt", weights_only=True), events
+
+
+@pytest.fixture
+def trained(monkeypatch, once):
+    """The runs folder and the events of a run of 3,100 steps, trained once."""
+
+    def get(activation):
+        make = lambda runs_dir: train_quadrants(monkeypatch, runs_dir, activation=activation, total_timesteps=3100)  # noqa: E731
+        runs_dir = once(f"dqn-{activation}", make)
+        (folder,) = runs_dir.iterdir()
+        events = read_events(folder)
+        events.pop("charts/SPS")
+        return folder, events
+
+    return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "tanh-lan"])
-def test_training_learns(monkeypatch, runs_dir, activation):
+def test_training_learns(trained, activation):
     """2.5 is random, 10 is perfect. Would catch: rewards of other rows, a frozen network, a target that never moves."""
-    _, events = train_quadrants(monkeypatch, runs_dir, activation=activation)
+    _, events = trained(activation)
     last = [score for _, score in events["charts/episodic_return"][-20:]]
     assert np.mean(last) > 7.5, last  # exploration alone costs 0.75
 
 
 @pytest.mark.slow
-def test_same_seed_same_run_other_seed_other_run_and_measuring_changes_nothing(monkeypatch, tmp_path):
-    """Would catch: an unseeded draw, and metrics that draw from the training's generators or leave gradients."""
+def test_same_seed_same_run_other_seed_other_run_and_plain_dqn_the_same_weights(monkeypatch, tmp_path):
+    """Would catch: an unseeded draw; metrics, logs or checkpoints that draw from the training's generators or leave
+    gradients; a line of the algorithm that is gone when every line with `run.` in it is deleted."""
     short = {"total_timesteps": 1100, "exploration_fraction": 0.2}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short)
-    other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", **short, seed=2)
-    unmeasured_weights, unmeasured_events = train_quadrants(monkeypatch, tmp_path / "d", **short, metrics_frequency=0)
+    # The first 300 steps with the same schedule.
+    start = {"total_timesteps": 300, "exploration_fraction": 220 / 300, "metrics_frequency": 0}
+    other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", **start, seed=2)
     assert events == same_events
-    assert other_events["charts/episodic_return"] != events["charts/episodic_return"]
-    assert not any(tag.startswith("representation/") for tag in unmeasured_events)
+    assert len(other_events["charts/episodic_return"]) == 30
+    assert other_events["charts/episodic_return"] != events["charts/episodic_return"][:30]
+    assert not any(tag.startswith("representation/") for tag in other_events)
+    assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+
+    plain, networks = without_run(dqn, tmp_path), []
+    monkeypatch.setattr(plain, "make_env", make_quadrants)
+    make = plain.QNetwork
+    monkeypatch.setattr(plain, "QNetwork", lambda *arguments: networks.append(make(*arguments)) or networks[-1])
+    before = sorted(tmp_path.iterdir())
+    plain.main(plain.Args(**vars(quadrant_args(tmp_path / "plain", **short))))
+    assert sorted(tmp_path.iterdir()) == before
+    plain_weights = networks[0].state_dict()
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name])
-        assert torch.equal(weight, unmeasured_weights[name])
-    assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+        assert torch.equal(weight, plain_weights[name])
 
 
 @pytest.mark.slow
-def test_tags_steps_and_files_of_a_run(monkeypatch, runs_dir):
-    """The README's promise: every tag, at agent steps; the last measurement is not logged twice; the sample is kept."""
-    _, events = train_quadrants(monkeypatch, runs_dir, total_timesteps=2100, checkpoint_frequency=0)
-    (folder,) = runs_dir.iterdir()
+def test_tags_steps_and_files_of_a_run(trained):
+    """SPEC.md's promise: every tag, at agent steps; the last measurement is not logged twice; the sample is kept."""
+    folder, events = trained("tanh-lan")
     assert folder.name == "BreakoutNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"
     every_thousand = {"losses/td_loss", "losses/q_values", "charts/epsilon"}
     representation = {
         f"representation/{name}"
         for name in (
             *("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons"),
+            *("dead_neurons_scaled", "effective_rank_centred"),
             *("feature_norm", "dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak"),
         )
     }
     assert set(events) == every_thousand | representation | {"charts/episodic_return", "charts/episodic_length"}
-    assert all([step for step, _ in events[tag]] == [1000, 2000] for tag in every_thousand)
-    assert all([step for step, _ in events[tag]] == [1000, 2000, 2100] for tag in representation)
-    assert events["charts/episodic_length"] == [(10 * n, 10.0) for n in range(1, 211)]
+    assert all([step for step, _ in events[tag]] == [1000, 2000, 3000] for tag in every_thousand)
+    assert all([step for step, _ in events[tag]] == [1000, 2000, 3000, 3100] for tag in representation)
+    assert events["charts/episodic_length"] == [(10 * n, 10.0) for n in range(1, 311)]
     epsilons = [value for _, value in events["charts/epsilon"]]
-    assert epsilons == pytest.approx([1 - 0.9 * 999 / 1050, 0.1])
+    assert epsilons == pytest.approx([1 - 0.9 * 999 / 1550, 0.1, 0.1])
     sample = np.load(folder / "activations.npz")
     assert {name: sample[name].shape for name in sample} == dict.fromkeys(("z", "z_enc", "z_star"), (512, 512))
     np.testing.assert_allclose(sample["z"], sample["z_enc"] * sample["z_star"], atol=1e-6)
     assert sorted(file.name for file in folder.iterdir() if "tfevents" not in file.name) == [
-        *(".lock", "activations.npz", "config.json", "model.pt")
+        *(".lock", "activations.npz", "config.json", "model.pt", "status.json")
     ]
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_timesteps"]) == ("finished", 3100, 3100)
 
 
 @pytest.mark.slow
@@ -428,7 +404,7 @@ def test_a_nan_loss_stops_the_run(monkeypatch, runs_dir):
 
     dqn_td_loss = dqn.td_loss
     monkeypatch.setattr(dqn, "td_loss", diverging)
-    with pytest.raises(dqn.checkpoint.RunFailed, match=r"before step 2,000: td_loss nan.*last good.*at step 1,000"):
+    with pytest.raises(RunFailed, match=r"before step 2,000: td_loss nan.*last good.*at step 1,000"):
         train_quadrants(monkeypatch, runs_dir, metrics_frequency=0)
     (folder,) = runs_dir.iterdir()
     assert not (folder / "model.pt").exists()

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import read_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import gaussian_kde
+from torch.utils.tensorboard import SummaryWriter
 
 import metrics
 
@@ -236,3 +238,31 @@ def test_bad_activations_are_refused(function):
     ):
         with pytest.raises(ValueError, match="activations"):
             function(bad)
+
+
+@pytest.mark.parametrize("function", [metrics.kde_peak_density, metrics.dead_neurons, metrics.representation_metrics])
+def test_finite_values_whose_range_is_not_are_refused(function):
+    """Would catch: an index error from deep inside the density."""
+    for column in ([3e38, -3e38], [1e308, -1e308]):
+        activations = torch.tensor([[value, 0.0] for value in column] * 4, dtype=torch.float64)
+        with pytest.raises(ValueError, match="the activations' range overflows float32"):
+            function(activations)
+
+
+def test_what_is_logged_depends_on_seed_and_step_alone(tmp_path):
+    """Would catch: jitter from the training's generator, a histogram of other neurons, values logged that are not
+    returned."""
+    sample = {"z": torch.randn(600, 8) * 0.02, "z_enc": torch.randn(600, 8)}
+    before = torch.get_rng_state()
+    values = metrics.log_representation(None, sample, 20.0, (1, 1000), 1000)
+    writer = SummaryWriter(str(tmp_path))
+    assert metrics.log_representation(writer, sample, 20.0, (1, 1000), 1000) == values
+    assert torch.equal(torch.get_rng_state(), before)
+    writer.close()
+    events = read_events(tmp_path)
+    histogram = events.pop("representation/kde_peak")
+    assert {tag.removeprefix("representation/"): value for tag, [(_, value)] in events.items()} == pytest.approx(values)
+    assert all(step == 1000 for points in events.values() for step, _ in points)
+    ((step, buckets),) = histogram
+    assert (step, sum(buckets)) == (1000, 8)
+    assert metrics.log_representation(None, sample, 1e-3, (1, 1000), 1000)["dead_neurons"] == 1  # the threshold

@@ -1,27 +1,24 @@
-"""ppo_atari_lan.py: the network, the mathematics, the vector environment, and training that learns."""
+"""ppo_atari_lan.py: the network, the mathematics, and training that learns."""
 
 import dataclasses
-import functools
 import inspect
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from ale_py import AtariVectorEnv
-from conftest import ROOT, Quadrants, Recorded, read_events, run_script
+from conftest import Quadrants, Recorded, read_events, run_script, without_run
 from gymnasium.wrappers import FrameStackObservation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 
 import dqn_atari_lan as dqn
+import metrics
 import ppo_atari_lan as ppo
+from lan_utils.cli import RunFailed
 
 # ------------------------------------------------------------------------------------------------ flags
 
@@ -55,23 +52,22 @@ def test_defaults_are_table_4():
         flag = text.split(f" --{name.replace('_', '-')}")[1].split("(Table 4)")[1]
         assert flag.startswith(f" (default: {value})"), name
     assert all(f" --{f.name.replace('_', '-')}" in text for f in dataclasses.fields(ppo.Args))
+    assert args.exp_name == Path(ppo.__file__).stem  # the script's name: no two scripts share a folder
 
 
 def test_what_both_scripts_share_stands_in_both_word_for_word():
     """Would catch: the paper's idea changed in one script alone."""
-
-    sections, functions = {}, {}
+    sections, headings = {}, {}
     for module in (dqn, ppo):
         source = Path(module.__file__).read_text()
         parts = re.split(r"\n# -{20,} (.+)\n", source)
+        headings[module] = parts[1::2]
         sections[module] = dict(zip(parts[1::2], parts[2::2], strict=True))
-        functions[module] = {
-            f: inspect.getsource(getattr(module, f)) for f in ("linear_schedule", "log_representation")
-        }
+    assert headings[ppo] == headings[dqn]
     assert "Eq. 2: z = z_enc * z_star" in sections[dqn]["representation"]
+    assert "class Representation" in sections[dqn]["representation"]
     assert sections[ppo]["representation"] == sections[dqn]["representation"]
-    assert functions[ppo] == functions[dqn]
-    assert inspect.getsource(ppo.activations) == inspect.getsource(dqn.activations)
+    assert inspect.getsource(ppo.linear_schedule) == inspect.getsource(dqn.linear_schedule)
     shared_flags = {f.name: f.default for f in dataclasses.fields(ppo.Args) if f.name != "exp_name"}
     for f in dataclasses.fields(dqn.Args):
         if f.name in shared_flags and f.name != "learning_rate":
@@ -247,14 +243,13 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = ppo.ActorCritic(4, "tanh-lan").to(memory_format=torch.channels_last)
+        network = ppo.ActorCritic(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(ppo.ppo_loss, disable=not compiled)
         batches = [random_batch(generator) for _ in range(3)]
         losses = []
         for update in range(3):
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                loss, _ = loss_function(network, batches[update], 0.1, 0.01, 0.5, True, True)
+            loss, _ = loss_function(network, batches[update], 0.1, 0.01, 0.5, True, True)
             optimizer.zero_grad()
             loss.backward()
             if update == 0:
@@ -272,17 +267,44 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     assert (other_gradient - gradient).norm() < gradient_tolerance * gradient.norm()
 
 
-def test_the_update_never_waits_for_the_device():
+@torch.no_grad()
+def test_amp_rounds_neither_values_nor_logits():
+    """At values around 10 bfloat16 steps by 1/16, from 16 on by more than the value's clip of 0.1. Would catch: heads
+    in bfloat16, which the first updates with their values of 0 cannot show."""
+    observations = torch.randint(256, (512, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def scaled_network(amp):
+        torch.manual_seed(0)
+        network = ppo.ActorCritic(4, "tanh-lan", amp)
+        network.critic.bias.fill_(20.0)
+        network.actor.bias.fill_(10.0)
+        return network
+
+    network, rounded = scaled_network(False), scaled_network(True)
+    (_, values), (rounded_logits, rounded_values) = network(observations), rounded(observations)
+    assert (values.min() > 15, values.std() > 0.05) == (True, True)
+    assert rounded_logits.dtype == rounded_values.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # the best that float32 heads can do
+        z = network.representation(network.trunk(observations / 255))
+    assert torch.equal(rounded_values, network.critic(z.float()).squeeze(1))
+    assert torch.equal(rounded_logits, network.actor(z.float()))
+    assert len(set(rounded_values.tolist())) > 500
+    two_best = rounded_logits.topk(2, dim=1).values
+    assert (two_best[:, 0] == two_best[:, 1]).sum() == 0
+    head_in_bfloat16 = (rounded_values.bfloat16().float() - rounded_values).square().mean().sqrt()
+    assert (rounded_values - values).square().mean().sqrt() < head_in_bfloat16
+
+
+def test_the_update_never_waits_for_the_device(monkeypatch):
     """On torch's meta device any .item(), and any tensor made on the CPU, raises."""
-    network = ppo.ActorCritic(6, "tanh-lan").to("meta")
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device_type, dtype: autocast("cpu", dtype))  # there is none for meta
     row = torch.zeros(64, device="meta")
-    observations = torch.zeros(64, 4, 84, 84, dtype=torch.uint8, device="meta")
+    batch = ppo.Batch(torch.zeros(64, 4, 84, 84, dtype=torch.uint8, device="meta"), row.long(), row, row, row, row)
     for amp in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss, parts = ppo.ppo_loss(
-                network, ppo.Batch(observations, row.long(), row, row, row, row), 0.1, 0.01, 0.5, True, True
-            )
+        network = ppo.ActorCritic(6, "tanh-lan", amp).to("meta")
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+        loss, parts = ppo.ppo_loss(network, batch, 0.1, 0.01, 0.5, True, True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
@@ -292,52 +314,7 @@ def test_the_update_never_waits_for_the_device():
     assert ppo.explained_variance(row, row).device.type == parts["clipfrac"].device.type == "meta"
 
 
-# ----------------------------------------------------------------------------------- vector environment
-
-
-ROMS = {
-    "BeamRider": "beam_rider", "Breakout": "breakout", "Enduro": "enduro", "Pong": "pong", "Qbert": "qbert",
-    "Seaquest": "seaquest", "SpaceInvaders": "space_invaders", "VideoPinball": "video_pinball",
-}  # fmt: skip
-ALE_RUN = (
-    "ppo_atari_lan.py", "--env-backend", "ale", "--checkpoint-frequency", "0", "--total-timesteps", "1024",
-    "--num-steps", "64", "--num-threads", "1", "--metrics-frequency", "0",
-)  # fmt: skip
-
-
-def rollout(async_envs, seed, steps=400, envs=3):
-    """Random actions on Breakout: everything that the script would store or log."""
-    vector = ppo.make_vector_env("BreakoutNoFrameskip-v4", envs, async_envs)
-    rng = np.random.default_rng(seed)
-    stacks, _ = vector.reset(seed=seed)
-    seen = [stacks]
-    for _ in range(steps):
-        stacks, rewards, terminations, truncations, infos = vector.step(rng.integers(4, size=envs))
-        finals = [None if final is None else np.asarray(final) for final in infos.get("final_obs", [None] * envs)]
-        seen.append((stacks, rewards, terminations, truncations, finals, ppo.ended_games(infos)))
-    vector.close()
-    return seen
-
-
-def assert_equal_rollouts(first, second):
-    np.testing.assert_array_equal(first[0], second[0])
-    for ours, theirs in zip(first[1:], second[1:], strict=True):
-        for one, other in zip(ours[:4], theirs[:4], strict=True):
-            np.testing.assert_array_equal(one, other)
-        for one, other in zip(ours[4], theirs[4], strict=True):
-            assert (one is None) == (other is None)
-            np.testing.assert_array_equal(one, other)
-        assert ours[5] == theirs[5]
-
-
-@pytest.mark.slow
-def test_sync_and_async_rollouts_are_identical():
-    """Real Breakout. Would catch: shared memory that is overwritten, a seed that depends on the process."""
-    synchronous = rollout(False, seed=1)
-    assert_equal_rollouts(synchronous, rollout(True, seed=1))
-    assert any(step[5] for step in synchronous[1:])  # games did end
-    assert any(step[2].any() and not step[5] for step in synchronous[1:])  # and lives without games
-    assert not np.array_equal(synchronous[0], rollout(False, seed=9, steps=1)[0])
+# -------------------------------------------------------------------------------- ends of episodes
 
 
 class Counting(gym.Env):
@@ -366,7 +343,7 @@ class Counting(gym.Env):
 class ValueIsNewestPixel(torch.nn.Module):
     """An actor-critic whose value of an observation is its newest pixel."""
 
-    def __init__(self, actions, activation):
+    def __init__(self, actions, activation, amp):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
@@ -379,7 +356,9 @@ class ValueIsNewestPixel(torch.nn.Module):
 def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_dir, async_envs):
     """What reaches compute_gae in a rollout of 13 steps: an episode of 5 that is truncated, one of 7 that terminates.
     Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap."""
-    monkeypatch.setattr(ppo, "make_env", lambda env_id, render=False: FrameStackObservation(Recorded(Counting()), 4))
+    monkeypatch.setattr(
+        ppo, "make_env", lambda env_id, render_mode=None: FrameStackObservation(Recorded(Counting()), 4)
+    )
     monkeypatch.setattr(ppo, "ActorCritic", ValueIsNewestPixel)
     calls = []
     compute_gae = ppo.compute_gae
@@ -398,109 +377,28 @@ def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_
     events = read_events(folder)
     # Two games that end in the same vector step are logged at agent steps of their own: 5 * 2 - 1 and 5 * 2.
     assert events["charts/episodic_length"] == [(9, 5), (10, 5), (23, 7), (24, 7)]
-
-
-@pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders", "Qbert"])
-def test_ale_games_end_where_ale_says_that_games_end(game):
-    """The oracle: the same games without `life_loss_info`, whose terminations are real ends.
-
-    Would catch: a lost life counted as a game, a game over missed, a clipped score, a score carried into the next game.
-    """
-    seeds = np.array([0, 5, 7])
-    ours = ppo.AleGames(f"{game}NoFrameskip-v4", 3, num_threads=1)
-    oracle = AtariVectorEnv(ROMS[game], 3, autoreset_mode="SameStep", reward_clipping=False, num_threads=1)
-    stacks, _ = ours.reset(seed=seeds)
-    expected, _ = oracle.reset(seed=seeds)
-    rng = np.random.default_rng(0)
-    scores, lengths, ends, lost_lives = np.zeros(3), np.zeros(3), 0, 0
-    for _ in range(1500):
-        np.testing.assert_array_equal(stacks, expected[..., None])
-        actions = rng.integers(ours.single_action_space.n, size=3)
-        stacks, rewards, terminations, _, infos = ours.step(actions)
-        expected, raw, over, _, _ = oracle.step(actions)
-        np.testing.assert_array_equal(rewards, np.sign(raw))
-        scores, lengths = scores + raw, lengths + 1
-        games = {int(i): (scores[i], lengths[i]) for i in np.flatnonzero(over)}
-        assert ppo.ended_games(infos) == games
-        scores[over], lengths[over] = 0, 0
-        ends, lost_lives = ends + over.sum(), lost_lives + (terminations & ~over).sum()
-    assert ends >= 5
-    assert lost_lives >= ends
-
-
-def test_a_truncated_ale_game_shows_its_true_last_observation(monkeypatch):
-    """Would catch: a bootstrap from the next game's first observation, a truncated game that is not told."""
-    short = functools.partial(AtariVectorEnv, max_num_frames_per_episode=200)
-    monkeypatch.setattr(ppo, "AtariVectorEnv", short)
-    games = ppo.AleGames("PongNoFrameskip-v4", 2, num_threads=1)
-    last, _ = games.reset(seed=1)
-    for _ in range(200):
-        stacks, _, terminations, truncations, infos = games.step(np.array([2, 3]))
-        if truncations.any():
-            break
-        last = stacks
-    assert truncations.all()
-    assert not terminations.any()
-    assert list(ppo.ended_games(infos)) == [0, 1]
-    np.testing.assert_array_equal(infos["final_obs"][:, :3], last[:, 1:])
-    assert (stacks[:, :3] == 0).all()  # a reset fills the stack with zeros, unlike the default's copies
-
-
-def test_every_game_exists_in_ale_too():
-    """Would catch: a game whose ale name is not its class name in lower case."""
-    for game, rom in ROMS.items():
-        env = ppo.AleGames(f"{game}NoFrameskip-v4", 1, num_threads=1)
-        actions = gym.make(f"{game}NoFrameskip-v4").action_space.n
-        assert env.single_action_space.n == actions, rom
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_on_ale_games_is_reproducible(runs_dir, seed):
-    """Would catch: an unseeded game (seed 0 was, in older releases), a checkpoint that cannot be made."""
-    weights = []
-    for exp_name in ("first", "second"):
-        done = run_script(*ALE_RUN, "--runs-dir", runs_dir, "--exp-name", exp_name, "--seed", seed)
-        assert done.returncode == 0, done.stderr
-        folder = runs_dir / f"BreakoutNoFrameskip-v4__{exp_name}__tanh-lan__{seed}"
-        weights.append(torch.load(folder / "model.pt"))
-        assert not (folder / "checkpoints").exists()
-        assert len(read_events(folder)["charts/episodic_return"]) >= 1
-    for name, weight in weights[0].items():
-        assert torch.equal(weight, weights[1][name])
-
-
-@pytest.mark.slow
-def test_a_stopped_run_on_ale_games_says_that_nothing_was_saved(runs_dir):
-    """Would catch: a signal that crashes in the missing snapshot, or a promise to resume."""
-    command = [sys.executable, *ALE_RUN, "--runs-dir", str(runs_dir), "--total-timesteps", "10000000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "agent steps" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; nothing was saved; this starts anew: python ppo_atari_lan.py" in stderr
-    assert "Traceback" not in stderr
+    assert not any(tag.startswith("representation/") for tag in events)
 
 
 # --------------------------------------------------------------------------------- whole training runs
 
 
-def make_quadrants(env_id, render=False):
+def make_quadrants(env_id, render_mode=None):
     return FrameStackObservation(Recorded(Quadrants()), 4)
+
+
+def quadrant_flags(runs_dir, **changes):
+    return {
+        "activation": "tanh-lan", "total_timesteps": 8192, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
+        "learning_rate": 1e-3, "async_envs": False, "metrics_frequency": 2000, "metrics_samples": 600,
+        "checkpoint_frequency": 0, "runs_dir": str(runs_dir),
+    } | changes  # fmt: skip
 
 
 def train_quadrants(monkeypatch, runs_dir, **changes):
     """Returns the run's weights and its events without the wall-clock ones."""
     monkeypatch.setattr(ppo, "make_env", make_quadrants)
-    flags = {
-        "activation": "tanh-lan", "total_timesteps": 8192, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
-        "learning_rate": 1e-3, "async_envs": False, "metrics_frequency": 2000, "metrics_samples": 600,
-        "checkpoint_frequency": 0, "runs_dir": str(runs_dir),
-    }  # fmt: skip
-    ppo.main(ppo.Args(**(flags | changes)))
+    ppo.main(ppo.Args(**quadrant_flags(runs_dir, **changes)))
     (folder,) = runs_dir.iterdir()
     events = read_events(folder)
     events.pop("charts/SPS", None)
@@ -517,19 +415,29 @@ def test_training_learns(monkeypatch, runs_dir, activation):
 
 
 @pytest.mark.slow
-def test_same_seed_same_run_whatever_the_processes_and_measuring_changes_nothing(monkeypatch, tmp_path):
-    """Would catch: an unseeded draw, workers that change the order, metrics that use the training's generators."""
+def test_same_seed_same_run_whatever_the_processes_and_plain_ppo_the_same_weights(monkeypatch, tmp_path):
+    """Would catch: an unseeded draw, workers that change the order, metrics that use the training's generators, a line
+    of the algorithm that is gone when every line with `run.` in it is deleted."""
     short = {"total_timesteps": 1536, "metrics_frequency": 500}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short, async_envs=True)
-    other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", **short, seed=2)
-    unmeasured_weights, _ = train_quadrants(monkeypatch, tmp_path / "d", **short | {"metrics_frequency": 0})
+    other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", total_timesteps=512, seed=2)
     assert events == same_events
-    assert other_events["charts/episodic_return"] != events["charts/episodic_return"]
+    assert len(other_events["charts/episodic_return"]) == 48
+    assert other_events["charts/episodic_return"] != events["charts/episodic_return"][:48]
+    assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+
+    plain, networks = without_run(ppo, tmp_path), []
+    monkeypatch.setattr(plain, "make_env", make_quadrants)
+    make = plain.ActorCritic
+    monkeypatch.setattr(plain, "ActorCritic", lambda *arguments: networks.append(make(*arguments)) or networks[-1])
+    before = sorted(tmp_path.iterdir())
+    plain.main(plain.Args(**quadrant_flags(tmp_path / "plain", **short)))
+    assert sorted(tmp_path.iterdir()) == before
+    plain_weights = networks[0].state_dict()
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name])
-        assert torch.equal(weight, unmeasured_weights[name])
-    assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+        assert torch.equal(weight, plain_weights[name])
 
 
 @pytest.mark.slow
@@ -555,6 +463,7 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
         "losses/explained_variance",
     }
     names = ("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm")
+    names += ("dead_neurons_scaled", "effective_rank_centred")
     factors = ("dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak")
     representation = {f"representation/{name}" for name in (*names, *factors)}
     games = {"charts/episodic_return", "charts/episodic_length"}
@@ -580,19 +489,19 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
 def test_the_newest_observations_are_measured(monkeypatch, runs_dir, samples):
     """In the order in which they were played, from one rollout of 512 and part of the last, or of the last two."""
     seen, measured = [], []
-    forward, activations = ppo.ActorCritic.forward, ppo.activations
+    forward, activations = ppo.ActorCritic.forward, metrics.activations
 
     def watched_forward(network, observations):
         if not torch.is_grad_enabled():
             seen.append(observations.clone())
         return forward(network, observations)
 
-    def watched_activations(network, observations, device):
+    def watched_activations(network, observations):
         measured.append((len(seen), observations.clone()))
-        return activations(network, observations, device)
+        return activations(network, observations)
 
     monkeypatch.setattr(ppo.ActorCritic, "forward", watched_forward)
-    monkeypatch.setattr(ppo, "activations", watched_activations)
+    monkeypatch.setattr(metrics, "activations", watched_activations)
     train_quadrants(
         monkeypatch, runs_dir, total_timesteps=2048, metrics_frequency=1000, metrics_samples=samples, update_epochs=1
     )
@@ -623,7 +532,7 @@ def test_a_nan_loss_stops_the_run(monkeypatch, runs_dir):
         return loss, parts | {"value_loss": parts["value_loss"] * float("inf")}
 
     monkeypatch.setattr(ppo, "ppo_loss", diverging)
-    with pytest.raises(ppo.checkpoint.RunFailed, match=r"before step 1,024: .*value_loss inf.*none was logged"):
+    with pytest.raises(RunFailed, match=r"before step 1,024: .*value_loss inf.*none was logged"):
         train_quadrants(monkeypatch, runs_dir, num_steps=32, total_timesteps=1500, metrics_frequency=0)
     (folder,) = runs_dir.iterdir()
     assert not (folder / "model.pt").exists()

@@ -1,0 +1,157 @@
+"""checks.py: what is refused before anything is written."""
+
+import sys
+import types
+
+import pytest
+from conftest import ROOT, SCRIPTS, launch_in_process
+
+import dqn_atari_lan as dqn
+import ppo_atari_lan as ppo
+from lan_utils import checks
+from lan_utils.cli import BadInput
+
+BAD_INPUT = {
+    "unknown game": (
+        "--env-id BrekoutNoFrameskip-v4",
+        "there is no game 'BrekoutNoFrameskip-v4'; did you mean Breakout",
+    ),
+    "no game at all": ("--env-id x", "there is no game 'x'; --env-id takes <Game>NoFrameskip-v4"),
+    "not Atari": ("--env-id CartPole-v1", "CartPole-v1 is not an Atari environment; --env-id takes"),
+    "v5": ("--env-id ALE/Breakout-v5", "use --env-id BreakoutNoFrameskip-v4"),
+    "frame skip": ("--env-id Breakout-v4", "use --env-id BreakoutNoFrameskip-v4"),
+    "sticky actions": ("--env-id BreakoutNoFrameskip-v0", "use --env-id BreakoutNoFrameskip-v4"),
+    "no steps": ("--total-timesteps 0", "--total-timesteps is 0; it must be positive"),
+    "negative learning rate": ("--learning-rate -1", "--learning-rate is -1.0; it must be positive"),
+    "gamma": ("--gamma 1.5", "--gamma is 1.5; it must lie in [0, 1]"),
+    "huge seed": ("--seed 18446744073709551616", "--seed is 18446744073709551616; it must be below 2**53"),
+    "many threads": ("--num-threads 100000", "--num-threads is 100000; it must not exceed the"),
+    "infinite learning rate": ("--learning-rate inf", "--learning-rate is inf; it must be finite"),
+    "long name": (f"--exp-name {'x' * 300}", "it must be part of a folder's name, which has at most 255 bytes"),
+    "threads": ("--num-threads -1", "--num-threads is -1; it must not be negative"),
+    "seed": ("--seed -1", "--seed is -1; it must not be negative"),
+    "few samples": ("--metrics-samples 511", "--metrics-samples is 511; it must be at least 512"),
+    "few samples for wide": ("--activation wide-1024 --metrics-samples 1023", "must be at least 1024"),
+    "video of nothing": ("--capture-video", "--capture-video films the evaluation; add e.g. --eval-episodes 1"),
+    "no wandb": ("--track", "--track needs Weights & Biases; install it: pip install wandb"),
+    "name": ("--exp-name a/b", "--exp-name is a/b; it must be part of a folder's name, which has"),
+    "file as folder": (f"--runs-dir {ROOT}/README.md/runs", "is not a folder; name another one"),
+    "read-only folder": ("--runs-dir /proc/runs", "cannot make /proc/runs/BreakoutNoFrameskip-v4__"),
+}
+BAD_PPO_INPUT = {
+    "no environments": ("--num-envs 0", "--num-envs is 0; it must be positive"),
+    "minibatches": (
+        "--num-envs 3 --num-steps 5 --num-minibatches 4",
+        "--num-minibatches is 4; it must divide --num-envs 3 times --num-steps 5 = 15",
+    ),
+    "single transitions": ("--num-envs 2 --num-steps 2", "it must be below --num-envs 2 times --num-steps 2 = 4"),
+    "less than a rollout": ("--total-timesteps 1023", "--total-timesteps is 1023; it must be at least --num-envs 8"),
+    "memory": (
+        "--num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
+        "lower --num-envs 8, --num-steps 1000000 or --metrics-samples 2048",
+    ),
+    "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
+    "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
+    "ale's seeds": (
+        "--env-backend ale --checkpoint-frequency 0 --seed 2147483640",
+        "--seed is 2147483640; it must be below 2**31 - 8 for --env-backend ale",
+    ),
+    "checkpoints of ale": ("--env-backend ale", "a run cannot resume; accept that with --checkpoint-frequency 0"),
+}
+BAD_DQN_INPUT = {
+    "zero batch": ("--batch-size 0", "--batch-size is 0; it must be positive"),
+    "negative memory": ("--buffer-size -5", "--buffer-size is -5; it must be positive"),
+    "late start": ("--total-timesteps 79999", "--learning-starts is 80000; it must not exceed --total-timesteps 79999"),
+    "early start": ("--learning-starts 31", "--learning-starts is 31; it must be at least --batch-size 32"),
+    "memory below a batch": ("--buffer-size 31", "--buffer-size is 31; it must be at least --batch-size 32"),
+    "memory": (
+        "--buffer-size 1000000000 --total-timesteps 1000000000",
+        "not enough memory: 1500.8 GB needed",
+    ),
+    "exploration": ("--end-e 1.1", "--end-e is 1.1; it must lie in [0, 1]"),
+}
+ALL_BAD_INPUT = [
+    pytest.param(script, *case, id=f"{script[:3]}-{name}")
+    for script in SCRIPTS
+    for name, case in (BAD_INPUT | (BAD_DQN_INPUT if script.startswith("dqn") else BAD_PPO_INPUT)).items()
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), ALL_BAD_INPUT)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(monkeypatch, capsys, tmp_path, script, flags, message):
+    runs_dir = tmp_path / "runs"
+    before = sorted(tmp_path.iterdir())
+    arguments = ["--runs-dir", str(runs_dir), *flags.split()]
+    code, stderr = launch_in_process(monkeypatch, capsys, script, arguments)
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class FakeWandb(types.ModuleType):
+    """Weights & Biases with and without a login."""
+
+    def __init__(self, logged_in=None, error=None):
+        super().__init__("wandb")
+        self.__spec__ = types.SimpleNamespace(name="wandb")  # what importlib.util.find_spec asks for
+        self.logged_in, self.error, self.logins = logged_in, error, []
+
+    def login(self, prompt=True):
+        self.logins.append(prompt)
+        if self.error:
+            raise self.error
+        return self.logged_in
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tracking_without_a_login_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path, script):
+    """Would catch: a prompt that nobody answers, wandb's traceback in a folder that was begun."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for fake, message in (
+        (FakeWandb(logged_in=False), "nobody is logged in to Weights & Biases; wandb login, or WANDB_MODE=offline"),
+        (FakeWandb(error=TypeError("unexpected argument\nprompt")), "Weights & Biases says: unexpected argument"),
+        (FakeWandb(error=ValueError()), "Weights & Biases says: "),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        code, stderr = launch_in_process(monkeypatch, capsys, script, ["--track", "--runs-dir", tmp_path / "runs"])
+        assert (code, stderr) == (2, f"error: --track: {message}\n")
+        assert fake.logins == [False]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_tracking_with_a_login_or_offline_is_not_refused(monkeypatch):
+    fake = FakeWandb(logged_in=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    checks.check_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fake.logged_in = False
+    checks.check_wandb()
+    assert fake.logins == [False]
+
+
+def test_films_without_ffmpeg_are_refused(monkeypatch):
+    """Would catch: a run that trains for a week and cannot film."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
+    with pytest.raises(BadInput, match=r"^--capture-video needs a working ffmpeg, /nonexistent/ffmpeg"):
+        checks.check_ffmpeg("--capture-video")
+
+
+def test_memory_that_is_asked_for_counts_the_batch():
+    """Measured: --batch-size 6000 takes 2.3 GB. Would catch: a header that says 0.8."""
+    small = dqn.Args(buffer_size=6000, total_timesteps=6000, batch_size=32)
+    large = dqn.Args(buffer_size=6000, total_timesteps=6000, batch_size=6000)
+    assert 0.8e9 < dqn.memory_needed(small) < 0.9e9
+    assert 2.3e9 < dqn.memory_needed(large) < 3e9
+    assert 2.2e9 < dqn.memory_needed(dqn.Args()) < 2.5e9  # the paper's replay memory
+    rollout = ppo.Args(num_envs=8, num_steps=750, num_minibatches=1)
+    assert ppo.memory_needed(rollout) - ppo.memory_needed(ppo.Args(num_envs=8, num_steps=750)) > 1.3e9
+
+
+def test_memory_beyond_what_is_free_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "free_memory", lambda: 3_000_000_000)
+    checks.check_memory(3_000_000_000, "lower x")
+    with pytest.raises(BadInput, match=r"^not enough memory: 3\.1 GB needed, 3\.0 GB free; lower x$"):
+        checks.check_memory(3_100_000_000, "lower x")

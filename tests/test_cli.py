@@ -1,0 +1,133 @@
+"""cli.py: from words to Args, from errors to one line and an exit code."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, launch_in_process, run_script
+
+import dqn_atari_lan as dqn
+from lan_utils import cli
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_cannot_be_parsed_is_exit_code_2_from_the_shell(script, tmp_path, monkeypatch, capsys):
+    for flags in (["--activation", "swish"], ["--seed", "one"], ["--no-such-flag"]):
+        code, stderr = launch_in_process(monkeypatch, capsys, script, [*flags, "--runs-dir", tmp_path / "runs"])
+        assert code == 2
+        assert "Traceback" not in stderr
+        assert flags[-1].strip("-") in stderr
+    bad = run_script(script, "--env-id", "Pnog", "--runs-dir", tmp_path / "runs")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "error: there is no game 'Pnog'; did you mean PongNoFrameskip-v4?\n"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("columns", ["1", "7", "8", "100"])
+def test_help_on_a_narrow_terminal(monkeypatch, capsys, columns):
+    """Would catch: tyro's traceback below 8 columns."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", ["dqn_atari_lan.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(dqn.Args)
+    assert stopped.value.code == 0
+    assert "--learning-rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "scripts/regression.py"],
+)
+def test_help_that_nobody_reads_ends_quietly(script):
+    """As behind `| head`. Would catch: a traceback of BrokenPipeError below the help."""
+    command = f"{sys.executable} {script} --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_the_resume_line_never_overwrites(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dqn_atari_lan.py", "--seed", "2", "--overwrite", "--exp-name", "a b"])
+    assert cli.same_command() == "python dqn_atari_lan.py --seed 2 --exp-name 'a b'"
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (cli.BadInput("--seed is odd"), 2, "error: --seed is odd\n"),
+        (cli.RunFailed("it diverged"), 1, "error: it diverged\n"),
+        (cli.Stopped(signal.SIGTERM, saved=True), 143, "stopped by SIGTERM; this resumes it: python x.py --seed 3\n"),
+        (
+            cli.Stopped(signal.SIGINT, saved=False),
+            130,
+            "stopped by SIGINT; nothing was saved; this starts anew: python x.py --seed 3\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted before the training began\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a/model.pt"),
+            1,
+            "error: cannot use runs/a/model.pt: No space left on device. The last checkpoint, if there was one, is "
+            "whole: free some space, then resume with python x.py --seed 3\n",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "runs/a/model.pt"),
+            1,
+            "error: cannot use runs/a/model.pt: Permission denied. The last checkpoint, if there was one, is "
+            "whole: mend that, then resume with python x.py --seed 3\n",
+        ),
+        (
+            torch.OutOfMemoryError("tried to allocate 2 GiB\nand more"),
+            1,
+            "error: out of memory: tried to allocate 2 GiB; free some, then resume with python x.py --seed 3\n",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "error: out of memory: DefaultCPUAllocator: can't allocate memory; free some, then resume with python x.py "
+            "--seed 3\n",
+        ),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, message):
+    """Would catch: a traceback, an exit code that a sweep takes for another, a resume line that is not the command."""
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seed", "3"])
+
+    def leave(code):  # where the disk is full TensorBoard's writer is not waited for
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as stopped:
+        cli.launch(raising(error), dqn.Args)
+    assert (stopped.value.code, capsys.readouterr().err) == (code, message)
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    """Would catch: bugs that are told as if the user had caused them."""
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(ZeroDivisionError):
+        cli.launch(raising(ZeroDivisionError("ours")), dqn.Args)
+
+
+def test_progress_where_there_is_no_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    """Would catch: a log of a million lines, a rate that counts the steps of an earlier process."""
+    clock = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    progress = cli.Progress(total=1000, done=500)
+    for step in range(510, 701, 10):
+        clock[0] += 5
+        progress.update(step, last_100_games="2.5")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # of 100 seconds
+    assert all("/1000" in line and "last_100_games=2.5" in line and "2.00step/s" in line for line in lines)
+    assert progress.speed() == 2.0
+    progress.close()

@@ -1,0 +1,417 @@
+"""folder.py: whose a run's folder is, what may be in it, what it says of the run."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import contents
+
+import dqn_atari_lan as dqn
+import ppo_atari_lan as ppo
+from lan_utils import checkpoint, folder
+from lan_utils.checkpoint import Variables
+from lan_utils.cli import BadInput, RunFailed
+from lan_utils.folder import RunFolder
+from lan_utils.run import Run
+
+CPU = torch.device("cpu")
+NAME = "BreakoutNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"
+
+
+@pytest.fixture(autouse=True)
+def one_commit(monkeypatch, request):
+    """Somebody may commit while the tests run."""
+    if "commit" not in request.node.name:
+        monkeypatch.setattr(folder, "_commit", lambda: "one commit")
+
+
+def begin(runs_dir, device=CPU, **flags):
+    """A run's folder as `resume` leaves it, of a run that begins or goes on; the run."""
+    args = dqn.Args(runs_dir=str(runs_dir), **flags)
+    run = Run("dqn", args, device, np.random.default_rng(args.seed))
+    network = torch.nn.Linear(3, 2)
+    run.resume(network=network, play=Variables(step=0))
+    return run
+
+
+def with_points(run, checkpoints=(), step=None):
+    """What a run of some steps leaves: points, a status, and perhaps checkpoints."""
+    for i in range(10):
+        run.writer.add_scalar("charts/episodic_return", i, i)
+    run.writer.flush()
+    for saved in checkpoints:
+        run.things["play"].step = saved
+        run._save(saved)
+    return run.folder.path
+
+
+# ------------------------------------------------------------------------------------ what is in a folder
+
+
+UNREADABLE = "config.json is unreadable: restore it, or start this run anew with --overwrite"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.pt", "", "model.pt is not a whole file: move it away"),
+        ("config.json", '{"args": []}', "config.json is not what a run writes: restore it, or move it away"),
+        ("config.json", "[1, 2]", "config.json is not what a run writes: restore it, or move it away"),
+        (
+            "config.json",
+            '{"args": {}, "algorithm": "dqn", "device": "cpu", "parameters": 1, "versions": {}}',
+            "config.json is another run's: restore this one's, or move it away",
+        ),
+        (
+            "config.json",
+            "{" * 100_000,
+            UNREADABLE,
+        ),
+        ("config.json", '{"args": ', UNREADABLE),
+        ("config.json", "9" * 5000, UNREADABLE),
+        ("checkpoints", "", "checkpoints is not what a run makes: move it away"),
+        ("checkpoints/0000000100.ckpt", "", "none of the 1 checkpoints"),
+    ],
+)
+def test_odd_run_folders_are_refused_unchanged(tmp_path, name, content, message):
+    """Would catch: a traceback, or event files deleted before the folder is found to be odd."""
+    path = with_points(begin(tmp_path))
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(content)
+    before = contents(path)
+    with pytest.raises(BadInput, match=message):
+        begin(tmp_path)
+    assert contents(path) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json", "model.pt", "checkpoints", "."])
+def test_pipes_in_place_of_files_are_refused_at_once(tmp_path, name):
+    """Would catch: an open() that waits for ever for someone to write."""
+    path = begin(tmp_path).folder.path
+    shutil.rmtree(path) if name == "." else (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name if name != "." else path)
+    with pytest.raises(BadInput, match="move it away"):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["status.json", "status.json.tmp", "config.json.tmp", "events.out.tfevents.1.x"])
+def test_pipes_that_do_not_matter_hang_nothing(tmp_path, name):
+    run = begin(tmp_path)
+    (run.folder.path / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder.path / name)
+    assert json.loads((begin(tmp_path).folder.path / "status.json").read_text())["state"] == "running"
+
+
+def test_links_in_place_of_the_lock_and_of_temporary_files_are_not_written_through(tmp_path):
+    """Would catch: a stranger's file truncated by a run's lock or config."""
+    path = begin(tmp_path).folder.path
+    thesis = tmp_path / "thesis"
+    thesis.write_text("years of work")
+    for name in ("config.json.tmp", "status.json.tmp"):
+        (path / name).symlink_to(thesis)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"device": "abacus"}))
+    begin(tmp_path)  # records the change, and writes a status
+    assert "resumes" in json.loads((path / "config.json").read_text())
+    assert not (path / "config.json").is_symlink()
+    (path / ".lock").unlink()
+    (path / ".lock").symlink_to(thesis)
+    with pytest.raises(BadInput, match=r"\.lock is not what a run makes: move it away"):
+        begin(tmp_path)
+    assert thesis.read_text() == "years of work"
+
+
+# ------------------------------------------------------------------------------------------- --overwrite
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_overwrite_deletes_what_a_run_makes_and_nothing_else(tmp_path, through_a_link):
+    """Would catch: a folder emptied because it has a config.json; notes that lay beside a run's files."""
+    run = begin(tmp_path / "runs")
+    path = with_points(run, checkpoints=(4, 5))
+    if through_a_link:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    for name in ("game_0.mp4", "activations.npz", "model.pt", "model.pt.tmp", "checkpoints/0000000006.ckpt.tmp"):
+        (path / name).write_text("made by a run")
+    (path / "wandb").mkdir()
+    (path / "wandb" / "log").write_text("made by wandb")
+    strangers = {"thesis.tex", "game_theory.mp4", "thesis.tmp", "checkpoints/notes.txt", "model.pt.bak"}
+    for name in strangers:
+        (path / name).write_text("years of work")
+    begin(tmp_path / "runs", overwrite=True, gamma=0.5)
+    left = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    assert left == strangers | {".lock", "config.json", "status.json"}
+    assert len(list(path.glob("events.*"))) == 1
+    assert json.loads((path / "config.json").read_text())["args"]["gamma"] == 0.5
+    assert path.is_symlink() == through_a_link
+
+
+@pytest.mark.parametrize("config", [None, '{"name": "my-web-app"}', "{}", "no json", "foreign args"])
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, config, through_a_link):
+    """Would catch: --overwrite deleting a stranger's files, or an error that recommends it."""
+    path, real = tmp_path / "runs" / NAME, tmp_path / "runs" / ("elsewhere" if through_a_link else NAME)
+    real.mkdir(parents=True)
+    if through_a_link:
+        path.symlink_to(real)
+    (real / "thesis.tex").write_text("years of work")
+    (real / "model.pt").write_text("their model")
+    if config == "foreign args":
+        args = dataclasses.asdict(dqn.Args(seed=2))
+        config = json.dumps({"algorithm": "dqn", "args": args, "versions": {}})
+    if config is not None:
+        (real / "config.json").write_text(config)
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match="move it away") as error:
+            begin(tmp_path / "runs", overwrite=overwrite)
+        assert "--overwrite" not in str(error.value)
+        assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------ what does not go together
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed", "finished"])
+def test_points_without_checkpoints_are_not_trained_over(tmp_path, state):
+    """checkpoints/ is gone, or model.pt was moved away. Would catch: a run that starts at 0 and deletes its curves."""
+    run = begin(tmp_path)
+    path = with_points(run, checkpoints=(4, 5))
+    run._write_status(state)
+    shutil.rmtree(path / "checkpoints")
+    before = contents(path)
+    with pytest.raises(BadInput, match="has logged points, but its checkpoints or its model"):
+        begin(tmp_path)
+    (path / "status.json").unlink()
+    with pytest.raises(BadInput, match="restore them from a backup, or start anew with --overwrite"):
+        begin(tmp_path)
+    del before[path / "status.json"]
+    assert contents(path) == before
+    assert begin(tmp_path, overwrite=True).step == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    path = with_points(begin(tmp_path))
+    first = {file.name for file in path.glob("events.*")}
+    run = begin(tmp_path)
+    assert run.step == 0
+    assert not first & {file.name for file in path.glob("events.*")}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"seed": 2}, "--seed 1 (was 2);"),
+        ({"learning_rate": 1e-3}, "--learning-rate 0.0001 (was 0.001);"),
+    ],
+)
+def test_checkpoints_of_another_run_are_refused(tmp_path, theirs, message):
+    """Copied into the folder. Would catch: a run that ends with another seed's weights."""
+    ours = with_points(begin(tmp_path / "ours"), checkpoints=(4,))
+    other = with_points(begin(tmp_path / "other", **theirs), checkpoints=(5,))
+    shutil.copy(other / "checkpoints/0000000005.ckpt", ours / "checkpoints")
+    before = contents(ours)
+    with pytest.raises(BadInput) as error:
+        begin(tmp_path / "ours")
+    assert message in str(error.value)
+    assert "0000000005.ckpt is a checkpoint of other flags" in str(error.value)
+    assert contents(ours) == before
+    # The one before the newest is looked at too.
+    (ours / "checkpoints/0000000005.ckpt").rename(ours / "checkpoints/0000000003.ckpt")
+    with pytest.raises(BadInput, match="is a checkpoint of other flags"):
+        begin(tmp_path / "ours")
+
+
+def test_edited_flags_in_config_are_refused(tmp_path):
+    """Would catch: a learning rate changed in config.json and on the command line, and a resume with both."""
+    path = with_points(begin(tmp_path), checkpoints=(4,))
+    config = json.loads((path / "config.json").read_text())
+    config["args"]["learning_rate"] = 0.5
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"was started with other flags: --learning-rate 0.0001 \(was 0.5\);"):
+        begin(tmp_path)
+    with pytest.raises(BadInput, match=r"is a checkpoint of other flags: --learning-rate 0.5 \(was 0.0001\);"):
+        begin(tmp_path, learning_rate=0.5)
+
+
+def test_another_algorithm_is_named(tmp_path):
+    begin(tmp_path, exp_name="x")
+    args = ppo.Args(runs_dir=str(tmp_path), exp_name="x")
+    with pytest.raises(BadInput, match=r"was started with other flags: algorithm ppo \(was dqn\);"):
+        RunFolder("ppo", args).claim()
+
+
+@pytest.mark.parametrize("damage", ["no run", "odd run", "other things", "odd events", "odd states", "odd returns"])
+def test_foreign_content_under_a_valid_digest_is_passed_over(tmp_path, capsys, damage):
+    """As for damage: back to the checkpoint before. Would catch: a traceback, returns that count twice."""
+    run = begin(tmp_path)
+    run.returns.extend([1.0, 2.0])
+    path = with_points(run, checkpoints=(4, 5))
+    file = path / "checkpoints" / "0000000005.ckpt"
+    state = checkpoint.read_checked(file)
+    state |= {
+        "no run": {"run": None},
+        "odd run": {"run": {"args": [1], "algorithm": "dqn"}},
+        "other things": {"things": {"network": 1}},
+        "odd events": {"events": {"a": 1}},
+        "odd states": {"random": state["random"] | {"torch": torch.zeros(1, dtype=torch.uint8)}},
+        "odd returns": {"returns": ["many"]},
+    }[damage]
+    checkpoint.write_checked(file, state)
+    resumed = begin(tmp_path)
+    assert resumed.step == resumed.things["play"].step == 4
+    assert list(resumed.returns) == [1.0, 2.0]
+    warnings = capsys.readouterr().err
+    assert f"warning: {file} is no checkpoint of this script: " in warnings
+    assert warnings.count("\n") == 1
+    resumed._save(6)
+    assert sorted(file.name for file in file.parent.iterdir()) == ["0000000004.ckpt", "0000000006.ckpt"]
+
+
+def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, capsys):
+    """Would catch: a silent resume under another torch, commit, device, GPU or thread count."""
+    path = begin(tmp_path).folder.path
+    first = json.loads((path / "config.json").read_text())
+    assert first["device"] == "cpu"
+    assert first["hardware"] == folder.hardware(CPU) != ""
+    assert first["threads"] == torch.get_num_threads()
+    assert first.keys() >= {"algorithm", "args", "versions", "commit", "device", "parameters"}
+    assert first["parameters"] == 8
+    assert first["args"]["target_network_frequency"] == 1000
+    assert "resumes" not in first
+    begin(tmp_path)
+    assert json.loads((path / "config.json").read_text()) == first
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(folder.importlib.metadata, "version", lambda name: "0.1" if name == "torch" else "1.0")
+    monkeypatch.setattr(folder, "_commit", lambda: "abc")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Abacus")
+    args = dqn.Args(runs_dir=str(tmp_path))
+    config = folder.describe("dqn", args, torch.device("cuda"), 8)
+    run_folder = RunFolder("dqn", args)
+    old = run_folder.claim()
+    run_folder.record_changes(old, config, step=0)
+    warnings = capsys.readouterr().err
+    assert "warning: this run began with versions {'torch': '2." in warnings
+    assert "warning: this run began with device cpu, now cuda: it may not continue bit by bit" in warnings
+    assert f"warning: this run began with commit {first['commit']}, now abc" in warnings
+    assert f"warning: this run began with threads {first['threads']}, now 3" in warnings
+    assert f"warning: this run began with hardware {first['hardware']}, now NVIDIA Abacus" in warnings
+    now = json.loads((path / "config.json").read_text())
+    (resume,) = now.pop("resumes")
+    assert now == first
+    assert resume["step"] == 0
+    assert (resume["device"], resume["commit"], resume["threads"]) == ("cuda", "abc", 3)
+    assert resume["hardware"] == "NVIDIA Abacus"
+    assert resume["versions"]["torch"] == "0.1"
+
+
+# ------------------------------------------------------------------------------------- the lock, the status
+
+
+def test_nothing_is_written_once_the_folder_is_anothers(tmp_path):
+    """Deleted, or deleted and begun anew. Would catch: two processes that write one run."""
+    run = begin(tmp_path)
+    path = with_points(run)
+    for destroy in ((path / ".lock").unlink, lambda: shutil.rmtree(path)):
+        destroy()
+        before = contents(tmp_path)
+        for write in (
+            lambda: run.log_games(10, {"episode": {"r": 1.0, "l": 10}}),
+            lambda: run.log(1000, run.things["network"], {}),
+            lambda: run._save(1000),
+            lambda: run._write_status("running"),
+        ):
+            with pytest.raises(RunFailed, match="was deleted or replaced while this run trained in it: nothing more"):
+                write()
+        run._close()
+        assert contents(tmp_path) == before
+    path.mkdir()
+    (path / ".lock").write_text("process 1 on another machine")
+    with pytest.raises(RunFailed):
+        run.folder.require_ours()
+    run.writer.add_scalar("charts/late", 1, 1)
+    run._close()
+    assert [file.name for file in path.iterdir()] == [".lock"]
+
+
+def hold(folder, ready, done):
+    args = dqn.Args(runs_dir=str(folder.parent))
+    run_folder = RunFolder("dqn", args)
+    run_folder.claim()
+    ready.set()
+    done.wait(60)
+
+
+def test_a_locked_folder_names_its_process(tmp_path):
+    """Would catch: --overwrite in a folder where another process trains."""
+    path = begin(tmp_path).folder.path
+    context = multiprocessing.get_context("forkserver")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(path, ready, done))
+    (path / ".lock").unlink()  # this process holds it
+    process.start()
+    assert ready.wait(60)
+    before = contents(path)
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match=f"is being trained by process {process.pid} on .*; wait for it or stop it"):
+            begin(tmp_path, overwrite=overwrite)
+    assert contents(path) == before
+    done.set()
+    process.join()
+
+
+def test_status_is_replaced_atomically(tmp_path, monkeypatch):
+    """Would catch: a reader that finds half a status; a status that says less than SPEC.md promises."""
+    run = begin(tmp_path)
+    file = run.folder.path / "status.json"
+    status = json.loads(file.read_text())
+    assert status.keys() >= {"state", "step", "total_timesteps", "steps_per_second", "pid", "host", "updated"}
+    assert (status["state"], status["step"], status["pid"]) == ("running", 0, os.getpid())
+    assert status["total_timesteps"] == 10_000_000
+    before = file.stat().st_ino
+    with open(file) as opened:
+        run._write_status("stopped")
+        assert json.loads(opened.read()) == status
+    assert file.stat().st_ino != before
+    assert json.loads(file.read_text())["state"] == "stopped"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    """With the checkpoints and the status that a kill left. Would catch: a finished run that is trained again."""
+    run = begin(tmp_path)
+    path = with_points(run, checkpoints=(4,))
+    (path / "model.pt").write_text("weights")
+    with pytest.raises(SystemExit) as stopped:
+        begin(tmp_path)
+    assert stopped.value.code == 0
+    assert f"{path} has finished; --overwrite trains it anew\n" in capsys.readouterr().out
+    assert not (path / "checkpoints").exists()
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    before = contents(path)
+    with pytest.raises(SystemExit):
+        begin(tmp_path)
+    assert contents(path) == before
+
+
+def test_the_commit_is_that_of_this_code_wherever_it_is_called(monkeypatch, tmp_path):
+    command = ["git", "-C", folder.ROOT, "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert folder._commit() in (head, f"{head}-dirty") or not head
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert folder._commit() is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "no json", "{" * 100_000, "\x00", '"x"', "1" * 5000])
+def test_a_status_that_cannot_be_read_is_none(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    assert folder.read_json(tmp_path / "status.json") == {}
+    assert folder.read_json(tmp_path / "missing.json") == {}
