@@ -80,6 +80,7 @@ def test_frames_are_atari_wrappers_and_scores_are_whole_unclipped_games(monkeypa
     assert lost_lives >= 4
 
 
+@pytest.mark.slow
 def test_a_game_that_is_cut_off_inside_a_reset_is_told_by_the_reset(monkeypatch):
     """After a lost life SB3 plays on inside reset(): a time limit can fall there. Would catch: that game's loss."""
     make = gym.make
@@ -248,6 +249,7 @@ def make_quadrants_stack(env_id):
 # --------------------------------------------------------------------------------------- ale-py's games
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders", "Qbert"])
 def test_ale_games_end_where_ale_says_that_games_end(game):
     """The oracle: the same games without `life_loss_info`, whose terminations are real ends.

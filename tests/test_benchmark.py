@@ -45,11 +45,11 @@ def test_how_many_runs_fit_into_24_gb():
 
 def test_peak_memory_and_cpu_time_are_each_process_s_own(tmp_path):
     """Would catch: kilobytes for bytes, one process's peak given to all, the time of the starting process."""
-    hold = "import time; x = bytearray(b'1') * 400_000_000; time.sleep(0.6)"
+    hold = "import time; x = bytearray(b'1') * 1_200_000_000; time.sleep(0.6)"
     spin = "import time; start = time.process_time()\nwhile time.process_time() < start + 1.5: pass"
     peaks, cpu, gpu = benchmark.run_all([["-c", hold], ["-c", spin]], tmp_path, 1, False, "test", cuda=False)
-    assert 0.4 < peaks[0] < 0.5
-    assert peaks[1] < 0.3
+    assert 1.2 < peaks[0] < 1.3
+    assert peaks[1] < 0.9  # the kernel counts what the process that starts it held before the program began
     assert cpu[1].amounts[-1] > 1.2
     assert gpu == 0
 

@@ -38,6 +38,7 @@ def test_help_on_a_narrow_terminal(monkeypatch, capsys, columns):
     assert "--learning-rate" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "scripts/regression.py"],

@@ -292,6 +292,7 @@ def update_on_the_stand_in(algorithm, amp, break_with):
     print(json.dumps([sorted(gradients), str(loss.dtype), str(z["dtype"])]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot make up a device",

@@ -73,6 +73,7 @@ def test_every_figure_is_drawn(drawn):
     assert " ".join(numbers) == "study study 01 04 05a 05b 06a 06b 07 08a 08b 10 11 13 14 15 16 17"
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
     for seed in (1, 2):
         make_run(runs_dir, "dqn", "Pong", "relu", seed)
@@ -100,6 +101,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs_dir):
     assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_drawing_is_one_line(tmp_path, study):
     """Would catch: tracebacks of the worker processes, which a terminal interrupts too, or waiting for all figures."""
     arguments = [sys.executable, ROOT / "plot_results.py", "--runs-dir", study, "--out-dir", tmp_path / "out"]
@@ -187,6 +189,7 @@ def test_page_is_self_contained(drawn):
 # -------------------------------------------------------------------------------- a folder of its own
 
 
+@pytest.mark.slow
 def test_only_a_mark_makes_a_folder_its_own(tmp_path, runs_dir):
     """Would catch: a home folder, which has a .cache, taken for an out folder: results.csv overwritten, files of
     .cache deleted."""
@@ -232,6 +235,7 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_plot_leaves_no_workers_behind(tmp_path, study):
     """Would catch: workers that draw on, or wait for ever, when their program was killed."""
     arguments = [sys.executable, ROOT / "plot_results.py", "--runs-dir", study, "--out-dir", tmp_path / "out"]

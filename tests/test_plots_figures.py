@@ -71,6 +71,7 @@ def test_damaged_activations_are_missing_not_a_traceback(tmp_path, runs_dir, cap
     assert "not drawn, no Tanh run on Breakout with a whole activations.npz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, capsys):
     """As the quickstart's: its game, dead neurons and rank; no normalised score, and the reason."""
     make_run(runs_dir, "dqn", "Breakout", "tanh-lan", 1, exp_name="quickstart", finished=False, games=4)

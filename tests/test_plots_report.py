@@ -119,6 +119,7 @@ def test_z_is_compared_with_the_mean_of_its_factors(tmp_path, runs_dir):
     assert (found["difference"], found["verdict"]) == (pytest.approx(expected, abs=1e-6), "confirmed")
 
 
+@pytest.mark.slow
 def test_claims_and_both_ways_of_counting_stand_in_the_files(tmp_path, runs_dir):
     """Would catch: a table that is made but not shown."""
     for activation in ("relu", "tanh", "tanh-lan"):

@@ -160,6 +160,7 @@ def hand_made(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_one_bad_run_among_good_ones_is_named_and_skipped(tmp_path, runs_dir, capsys):
     """Would catch: a traceback, or no figure at all, because of one folder."""
     for activation in ("relu", "tanh"):

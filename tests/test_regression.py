@@ -143,6 +143,7 @@ def test_a_bad_folder_is_refused_in_one_line(tmp_path):
     assert "another folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_small_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Would catch: a report, table or figure that fails on a diverged seed; an axis without a name."""
     monkeypatch.setattr(regression, "LENGTHS", (2, 3))

@@ -512,6 +512,7 @@ class Array:
         self.call("scontrol", "update", f"jobid={self.id}_{task}", "starttime=now")
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_an_array_runs_its_lines_and_only_them(project, slurm):
     """Line = index. Blank lines, comments and repetitions are nothing; a crash is tried three times and fails the task;
