@@ -65,7 +65,8 @@ def flags_of(script: str) -> set[str]:
             names += [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
         elif isinstance(node, ast.ImportFrom) and node.module == "drawing":  # whose launch reads the command line
             names.append("out_dir")
-    return {flag_of(name) for name in names} | set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    negations = {flag_of(f"no_{name}") for name in names}  # tyro's, of what is true by default
+    return {flag_of(name) for name in names} | negations | set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
 
 
 def flag_of(name: str) -> str:
