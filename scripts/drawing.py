@@ -4,6 +4,7 @@ import io
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def launch(main: Callable[[Path], None], doc: str) -> None:
         main(out_dir)
     except OSError as error:
         leave(1, f"error: cannot write {error.filename or out_dir}: {error.strerror}; mend that and run this again")
+    except BrokenProcessPool:
+        leave(1, "error: a worker process died (out of memory?); free some memory, then run this again")
     except KeyboardInterrupt:
         leave(130, "interrupted; run this again from the start")
 

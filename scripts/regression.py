@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -345,8 +346,10 @@ def main(out_dir: Path) -> None:
     # The deep networks take longest: first, so that no core waits for the last one.
     tasks = sorted(itertools.product(NETWORKS, HALF_RANGES, OPTIMIZERS), key=lambda task: -NETWORKS[task[0]][3])
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    with multiprocessing.get_context("spawn").Pool(min(cores, len(tasks)), start_worker) as pool:
-        done = dict(tqdm(pool.imap_unordered(train_task, tasks), total=len(tasks), unit="training"))
+    # Not a multiprocessing.Pool, which waits for ever for a worker that was killed.
+    with ProcessPoolExecutor(min(cores, len(tasks)), multiprocessing.get_context("spawn"), start_worker) as pool:
+        trained = (training.result() for training in as_completed([pool.submit(train_task, task) for task in tasks]))
+        done = dict(tqdm(trained, total=len(tasks), unit="training"))
     results = {task: done[task] for task in itertools.product(NETWORKS, HALF_RANGES, OPTIMIZERS)}
     text = report(results)
     write_csv(results, out_dir / "regression.csv")

@@ -2,9 +2,12 @@
 
 import csv
 import math
+import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -186,3 +189,21 @@ def test_small_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figures" / "regression_errors.png").stat().st_size > 10_000
     lines = (tmp_path / "regression.csv").read_text().splitlines()
     assert {line.count(",") for line in lines} == {10}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_it_in_one_line(tmp_path):
+    """As the out-of-memory killer does it. Would catch: a pool that waits for ever for a worker that is gone."""
+    command = [sys.executable, "scripts/regression.py", "--out-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = []
+    while not workers:
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.1)
+    workers[0].kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1].startswith("error: a worker process died")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "regression.csv").exists()
