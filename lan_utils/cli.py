@@ -1,5 +1,6 @@
 """From words to Args, from errors to one line and an exit code, and what is printed while a run goes on."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import tyro
@@ -49,6 +50,17 @@ def parse(args_class: type) -> Any:
         os._exit(128 + signal.SIGPIPE)
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn `BadInput` and `RunFailed` into one line and an exit code."""
+    try:
+        yield
+    except BadInput as error:
+        leave(2, f"error: {error}")
+    except RunFailed as error:
+        leave(1, f"error: {error}")
+
+
 def launch(main: Callable[[Any], None], args_class: type) -> None:
     """Parse the command line, run `main(args)`, and turn what a user can cause into one line and an exit code.
 
@@ -58,11 +70,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     args = parse(args_class)
     threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
     try:
-        main(args)
-    except BadInput as error:
-        leave(2, f"error: {error}")
-    except RunFailed as error:
-        leave(1, f"error: {error}")
+        with one_line_errors():
+            main(args)
     except OSError as error:
         disk_full = error.errno in DISK_FULL
         what = f"cannot use {error.filename or 'the run folder'}: {error.strerror or error}"

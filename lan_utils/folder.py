@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,10 +106,9 @@ class RunFolder:
         is_config = isinstance(old, dict) and all(isinstance(old.get(key), dict) for key in ("args", "versions"))
         is_config = is_config and isinstance(old.get("algorithm"), str)
         refuse_unless(is_config, f"{file} is not what a run writes: restore it, or move it away")
-        name = "{env_id}__{exp_name}__{activation}__{seed}"
         try:
-            is_this_run = name.format_map(old["args"]) == self.path.name
-        except (KeyError, ValueError, AttributeError):
+            is_this_run = run_name(SimpleNamespace(**old["args"])) == self.path.name
+        except AttributeError:
             is_this_run = False
         refuse_unless(is_this_run, f"{file} is another run's: restore this one's, or move it away")
         if self.args.overwrite:
@@ -188,7 +188,10 @@ class RunFolder:
     # -- what it says of the run ----------------------------------------------------------------------
 
     def write_config(self, config: dict[str, Any]) -> None:
-        checkpoint.replace(self.path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        self._write_json("config.json", config)
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        checkpoint.replace(self.path / name, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
     def record_changes(self, old: dict[str, Any], new: dict[str, Any], step: int) -> None:
         """Warn of what is not as when the run began, and write it under `resumes` of its config.json."""
@@ -257,7 +260,7 @@ class RunFolder:
             "updated": time.time(),
             "checkpoint": saved,
         }
-        checkpoint.replace(self.path / "status.json", lambda file: file.write(json.dumps(status, indent=2).encode()))
+        self._write_json("status.json", status)
 
 
 def describe(algorithm: str, args: RunName, device: torch.device, parameters: int) -> dict[str, Any]:

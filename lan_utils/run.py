@@ -268,10 +268,9 @@ class Run:
         Raises:
             RunFailed: a loss or a weight is NaN or infinite.
         """
-        is_due = self._due(LOG_FREQUENCY, step)
-        if self.stride > 1 and not is_due:
-            self._require_finite(network, step)  # nothing could be sampled from a policy of NaN
-        if not is_due:
+        if not self._due(LOG_FREQUENCY, step):
+            if self.stride > 1:
+                self._require_finite(network, step)  # nothing could be sampled from a policy of NaN
             return
         last_games = f"{np.mean(self.returns):.2f}" if self.returns else "none yet"
         self.progress.update(step, last_100_games=last_games)

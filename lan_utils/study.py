@@ -1,5 +1,6 @@
 """The facts of the study, said once: games, activations, the runs of each figure, how a run is named. No torch."""
 
+import csv
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,13 @@ SEEDS = (1, 2, 3, 4, 5)
 # Random and human score by game: the table that papers after 2016 share (Wang et al. 2016, "Dueling Network
 # Architectures for Deep Reinforcement Learning"); that of Mnih et al. (2015) differs, e.g. in BeamRider.
 ATARI_SCORES = ROOT / "results" / "atari_scores.csv"
+
+
+def read_atari_scores() -> dict[str, tuple[float, float]]:
+    """{game: (random, human)}"""
+    with open(ATARI_SCORES, newline="") as file:
+        rows = csv.DictReader(file)
+        return {r["env_id"].removesuffix("NoFrameskip-v4"): (float(r["random"]), float(r["human"])) for r in rows}
 
 
 class Style(NamedTuple):

@@ -6,7 +6,6 @@ The study's figures take many runs (`plot_results.py`); this is for two or three
 column is a neuron and a row an observation of activations.npz, which a run writes when it finishes.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,9 +20,10 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
+from lan_utils.cli import BadInput, leave, one_line_errors, parse
 from lan_utils.plots import figures
 from lan_utils.plots.events import REPRESENTATION, read_events, write_whole
-from lan_utils.plots.results import BadInput, Run, finals_of, read_config
+from lan_utils.plots.results import Run, finals_of, read_config
 
 OBSERVATIONS = 150  # rows of a map of neurons
 CONTRAST = 2.0  # the darkest colour stands for this many of the layer's typical standard deviations
@@ -162,14 +162,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < 40:
-        os.environ["COLUMNS"] = "40"  # tyro cannot draw its help in less than 8
-    arguments = tyro.cli(Args, description=Args.__doc__)
+    arguments = parse(Args)
     try:
-        main(arguments)
-    except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        with one_line_errors():
+            main(arguments)
     except OSError as error:
-        sys.exit(
-            print(f"error: cannot write {error.filename or arguments.out}: {error.strerror}", file=sys.stderr) or 1
-        )
+        leave(1, f"error: cannot write {error.filename or arguments.out}: {error.strerror}")

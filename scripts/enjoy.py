@@ -12,7 +12,6 @@ Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Net
 `make_env(env_id)` and `evaluate(network, env_id, seed, games, video_folder, watch)`.
 """
 
-import csv
 import importlib
 import os
 import re
@@ -33,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics
 from lan_utils import checkpoint
 from lan_utils.checks import check_env_id, check_ffmpeg, refuse_unless
-from lan_utils.cli import BadInput, leave, parse, print_line, warn
+from lan_utils.cli import BadInput, leave, one_line_errors, parse, print_line, warn
 from lan_utils.folder import read_json
-from lan_utils.study import ATARI_SCORES, ROOT
+from lan_utils.study import ATARI_SCORES, ROOT, read_atari_scores
 
 
 @dataclass
@@ -181,19 +180,12 @@ def new_folder(folder: Path) -> Path:
     raise AssertionError
 
 
-def atari_scores(env_id: str) -> tuple[float, float] | None:
-    """Random and human score; None for a game without."""
-    with open(ATARI_SCORES, newline="") as file:
-        scores = {row["env_id"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)}
-    return scores.get(env_id)
-
-
 def report_scores(scores: list[float], env_id: str) -> Iterator[str]:
     """Mean and standard deviation (ddof 1) beside the random and the human score, a line each."""
     yield f"  mean      {np.mean(scores):10.2f}"
     if len(scores) > 1:
         yield f"  deviation {np.std(scores, ddof=1):10.2f}   standard deviation over {len(scores)} games"
-    if known := atari_scores(env_id):
+    if known := read_atari_scores().get(env_id.removesuffix("NoFrameskip-v4")):
         yield f"  random    {known[0]:10.2f}   a random player's mean"
         yield f"  human     {known[1]:10.2f}   a human player's mean"
     else:
@@ -270,9 +262,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     arguments = parse(Args)
     try:
-        main(arguments)
-    except BadInput as error:
-        leave(2, f"error: {error}")
+        with one_line_errors():
+            main(arguments)
     except OSError as error:
         leave(1, f"error: cannot use {error.filename or arguments.folder}: {error.strerror or error}")
     except KeyboardInterrupt:

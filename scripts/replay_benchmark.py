@@ -22,7 +22,7 @@ import dqn_atari_lan as dqn
 import metrics
 from lan_utils.checkpoint import Variables
 from lan_utils.checks import require
-from lan_utils.cli import BadInput, leave
+from lan_utils.cli import leave, one_line_errors
 from lan_utils.replay import ReplayMemory
 from lan_utils.run import Run, set_up
 from lan_utils.study import GAMES
@@ -133,9 +133,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
     try:
-        require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
-        fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
-    except BadInput as error:
-        leave(2, f"error: {error}")
+        with one_line_errors():
+            require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
+            fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
     except KeyboardInterrupt:
         leave(130, "interrupted")

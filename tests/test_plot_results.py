@@ -15,6 +15,7 @@ from conftest import ROOT, run_script
 from plots_common import STEPS, draw, make_small_study, rows  # noqa: F401 (a fixture)
 from synthetic_study import make_run, true_measurement, true_score
 
+from lan_utils.cli import RunFailed
 from lan_utils.plots import command, figures, results
 
 
@@ -281,7 +282,7 @@ def test_a_figure_that_fails_does_not_stop_the_others(tmp_path, study, monkeypat
     """Would catch: a traceback and nothing drawn because of one figure."""
     broken = dataclasses.replace(figures.FIGURES["fig01_dqn_relu_tanh"], draw=fail)
     monkeypatch.setitem(figures.FIGURES, "fig01_dqn_relu_tanh", broken)
-    with pytest.raises(command.RunFailed, match="fig01_dqn_relu_tanh could not be drawn"):
+    with pytest.raises(RunFailed, match="fig01_dqn_relu_tanh could not be drawn"):
         draw(study, tmp_path / "out", "fig01", "fig05a")
     assert "not drawn, ValueError: on purpose: fig01_dqn_relu_tanh" in capsys.readouterr().err
     assert (tmp_path / "out" / "fig05a_dqn_normalized.png").exists()

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from lan_utils.cli import BadInput, RunFailed, leave, parse
+from lan_utils.cli import BadInput, leave, one_line_errors, parse
 from lan_utils.plots.events import CACHE_NAME, open_regular, read_run, write_whole
 from lan_utils.plots.report import TABLES
 from lan_utils.plots.results import Run
@@ -135,11 +135,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     """
     args = parse(args_class)
     try:
-        main(args)
-    except BadInput as error:
-        leave(2, f"error: {error}")
-    except RunFailed as error:
-        leave(1, f"error: {error}")
+        with one_line_errors():
+            main(args)
     except BrokenPipeError:  # | head
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:

@@ -1,6 +1,5 @@
 """Run folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
 
-import csv
 import json
 import re
 from collections import Counter, defaultdict
@@ -338,13 +337,6 @@ class Results:
         return np.linspace(0, self.lengths[algorithm], GRID_POINTS)
 
 
-def read_atari_scores() -> dict[str, tuple[float, float]]:
-    """{game: (random, human)}"""
-    with open(study.ATARI_SCORES, newline="") as file:
-        rows = csv.DictReader(file)
-        return {r["env_id"].removesuffix("NoFrameskip-v4"): (float(r["random"]), float(r["human"])) for r in rows}
-
-
 def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
     """{quantity: (grid,)} of a run's own points; what needs other runs is not here."""
     # Equally long runs may have logged their last point a little earlier.
@@ -384,7 +376,7 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
         curves.append({} if grid is None else curves_of(run, grid))
 
     messages = []
-    human = read_atari_scores()
+    human = study.read_atari_scores()
     by_game = defaultdict(list)
     for i, run in enumerate(runs):
         by_game[run.algorithm, run.game].append(i)
