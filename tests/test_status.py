@@ -72,10 +72,11 @@ def test_dry_run_does_nothing(project):
                     "  python standin.py --seed 2 --exp-name 'a b'")  # fmt: skip
     before = files(project)
     second = "python standin.py --seed 2 --exp-name 'a b'"
-    done = sweep(project, "--dry-run", file.name, cwd=project)
+    fixed = ("--jobs-per-gpu", "1")  # free RAM and disk, which decide otherwise, differ from call to call
+    done = sweep(project, *fixed, "--dry-run", file.name, cwd=project)
     assert done.stdout.splitlines()[0] == "2 runs: 0 finished, 0 running already, 2 to run"
     assert done.stdout.splitlines()[2:] == ["python standin.py --seed 1", second]
-    piped = sweep(project, "--dry-run", stdin=file.read_text())
+    piped = sweep(project, *fixed, "--dry-run", stdin=file.read_text())
     assert piped.stdout == done.stdout
     slurm = bash("scripts/sweep.slurm", "--dry-run", file, cwd=project)
     assert slurm.stdout.splitlines() == ["task 3: python standin.py --seed 1", f"task 5: {second}"]
