@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -57,11 +58,13 @@ def make_quadrants(env_id, render_mode=None):
     return Recorded(Quadrants())
 
 
-def run_script(*arguments, **kwargs):
-    """Run a script of the project as a user would; one thread, so that two tests at once do not fight."""
+def run_script(*arguments):
+    """`python <arguments>` in the project's folder, to its end; one thread, so that two tests at once do not fight."""
+    if str(arguments[0]).endswith(".py"):
+        return forked.run(arguments)
     command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
 
 
 def launch_in_process(monkeypatch, capsys, script, arguments):

@@ -1,8 +1,7 @@
 """run.py with both scripts: kills and resumes, signals, full disks, and how a run ends."""
 
-import atexit
+import functools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -12,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -22,7 +21,7 @@ from conftest import ROOT, SCRIPTS, contents, read_events, run_script
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import dqn_atari_lan as dqn
-from lan_utils import checkpoint, cli
+from lan_utils import checkpoint
 from lan_utils import folder as run_folder_module
 from lan_utils import run as run_module
 from lan_utils.checkpoint import Checkpoints, Variables
@@ -44,25 +43,17 @@ RUNS = {
     "ppo-sync": f"{PPO} {COMMON} --no-async-envs".split(),
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
 }
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["test_run"])  # so that a run starts in an instant
 
 
-def child(arguments, output, sabotage):
-    """In a process of its own: a script as from the shell, but that its last checkpoints are kept for inspection."""
-    os.chdir(ROOT)
-    script, *flags = arguments
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = [f"{script}.py", *flags]
+def prepare(sabotage, runs_dir):
+    """In a run's process: its last checkpoints are kept for inspection, and something may go wrong."""
     ReplayMemory.SEGMENT = 150  # so that segments are many, end between checkpoints, and leave
     run_folder_module._commit = lambda: "one commit"  # although somebody may commit meanwhile
     delete = Checkpoints.delete
 
     def keeping(checkpoints, keep):
         if not keep and checkpoints:
-            kept = kept_checkpoints(Path(output).parent)
+            kept = kept_checkpoints(runs_dir)
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(checkpoints.folder, kept)
         delete(checkpoints, keep)
@@ -70,11 +61,6 @@ def child(arguments, output, sabotage):
     Checkpoints.delete = keeping
     if sabotage:
         sabotage()
-    module = __import__(script)
-    try:
-        cli.launch(module.main, module.Args)
-    finally:
-        atexit._run_exitfuncs()  # a process of multiprocessing leaves without
 
 
 def kept_checkpoints(runs_dir):
@@ -84,10 +70,9 @@ def kept_checkpoints(runs_dir):
 
 def start(name, runs_dir, *flags, sabotage=None):
     runs_dir.mkdir(parents=True, exist_ok=True)
-    arguments = [*RUNS[name], "--runs-dir", str(runs_dir), *map(str, flags)]
-    process = CONTEXT.Process(target=child, args=(arguments, str(runs_dir / "output.txt"), sabotage))
-    process.start()
-    return process
+    script, *defaults = RUNS[name]
+    arguments = [f"{script}.py", *defaults, "--runs-dir", runs_dir, *flags]
+    return forked.start(arguments, runs_dir / "output.txt", before=functools.partial(prepare, sabotage, runs_dir))
 
 
 def run(name, runs_dir, *flags, sabotage=None):
