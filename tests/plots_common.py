@@ -43,12 +43,15 @@ def read_study(runs_dir: Path, tmp_path: Path, allow_unfinished: bool = False) -
 
 
 @pytest.fixture(scope="session", name="study")
-def make_small_study(tmp_path_factory):
+def make_small_study(once):
     """Two games, two seeds; scores without noise."""
-    folder = tmp_path_factory.mktemp("study") / "runs"
+    return once("study", make_two_games) / "runs"
+
+
+def make_two_games(folder):
+    folder = folder / "runs"
     few = {"games": ("Breakout", "Pong"), "seeds": 2, "agent_steps": STEPS, "noise": 0.0}
     synthetic_study.make_study(folder, ("dqn",), **few)
     synthetic_study.make_study(folder.with_name("ppo"), ("ppo",), activations=facts.MAIN, **few)
     for run in folder.with_name("ppo").iterdir():
         run.rename(folder / run.name)
-    return folder

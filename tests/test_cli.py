@@ -15,12 +15,19 @@ from lan_utils import cli
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_cannot_be_parsed_is_exit_code_2_from_the_shell(script, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_parsed_is_exit_code_2(script, tmp_path, monkeypatch, capsys):
     for flags in (["--activation", "swish"], ["--seed", "one"], ["--no-such-flag"]):
         code, stderr = launch_in_process(monkeypatch, capsys, script, [*flags, "--runs-dir", tmp_path / "runs"])
         assert code == 2
         assert "Traceback" not in stderr
         assert flags[-1].strip("-") in stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_input_from_the_shell(script, tmp_path):
+    """Would catch: a script that does not hand its main to `launch`."""
     bad = run_script(script, "--env-id", "Pnog", "--runs-dir", tmp_path / "runs")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: there is no game 'Pnog'; did you mean PongNoFrameskip-v4?\n"

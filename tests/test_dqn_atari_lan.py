@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_quadrants, read_events, run_script, without_run
+from conftest import make_quadrants, read_events, without_run
 
 import dqn_atari_lan as dqn
 import metrics
-from lan_utils import study
+from lan_utils import cli, study
 from lan_utils.cli import RunFailed
 from lan_utils.replay import Batch
 
@@ -33,13 +33,16 @@ TABLE_3 = {  # the paper's, as printed there; frames are agent steps
 }
 
 
-def test_defaults_are_table_3():
+def test_defaults_are_table_3(monkeypatch, capsys):
     """Would catch: a default that drifts from the paper, in the code or in --help."""
     args = dqn.Args()
     assert {name: getattr(args, name) for name in TABLE_3} == TABLE_3
     assert args.exploration_fraction * args.total_timesteps == 1_000_000
     assert (args.total_timesteps, args.train_frequency, args.double_q) == (10_000_000, 4, True)
-    text = " ".join(run_script("dqn_atari_lan.py", "--help").stdout.replace("│", " ").split())
+    monkeypatch.setattr("sys.argv", ["dqn_atari_lan.py", "--help"])
+    with pytest.raises(SystemExit):
+        cli.parse(dqn.Args)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name, value in TABLE_3.items():
         flag = text.split(f" --{name.replace('_', '-')} ")[1].split(" --")[0]
         assert f"(Table 3) (default: {value})" in flag, name
@@ -292,8 +295,9 @@ def test_the_update_never_waits_for_the_device(monkeypatch, double_q):
 def quadrant_args(runs_dir, **changes):
     flags = {
         "activation": "tanh-lan", "total_timesteps": 3000, "learning_starts": 200, "buffer_size": 2500,
-        "learning_rate": 5e-4, "target_network_frequency": 100, "exploration_fraction": 0.5, "gamma": 0.5,
-        "metrics_frequency": 1000, "metrics_samples": 512, "checkpoint_frequency": 0, "runs_dir": str(runs_dir),
+        "batch_size": 8, "learning_rate": 5e-4, "target_network_frequency": 100, "exploration_fraction": 0.5,
+        "gamma": 0.5, "metrics_frequency": 1000, "metrics_samples": 512, "checkpoint_frequency": 0,
+        "runs_dir": str(runs_dir),
     }  # fmt: skip
     return dqn.Args(**(flags | changes))
 

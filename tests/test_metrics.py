@@ -21,7 +21,7 @@ def scipy_peak(samples):
     samples = samples.double().numpy()
     density = gaussian_kde(samples)
     bandwidth = density.factor * samples.std(ddof=1)
-    coarse = np.concatenate([samples[::3], np.linspace(samples.min(), samples.max(), 1500)])
+    coarse = np.concatenate([samples[::8], np.linspace(samples.min(), samples.max(), 400)])
     best = coarse[density(coarse).argmax()]
     return density(np.linspace(best - bandwidth, best + bandwidth, 201)).max()
 

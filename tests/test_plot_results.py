@@ -28,6 +28,7 @@ def drawn(study, tmp_path_factory):
     return out_dir
 
 
+@pytest.mark.slow
 def test_every_number_of_results_csv(study, drawn):
     """Against the formulas that the study was made from, worked out game by game."""
     found = rows(drawn)
@@ -66,6 +67,7 @@ def test_every_number_of_results_csv(study, drawn):
     )
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(drawn):
     for name in figures.FIGURES:
         assert (drawn / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -165,6 +167,7 @@ def browse(page, tmp_path, fragment=""):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
 def test_page_in_a_browser(drawn, tmp_path):
     """Moved elsewhere it is still whole; numbers sort as numbers; the console is silent."""
@@ -179,6 +182,7 @@ def test_page_in_a_browser(drawn, tmp_path):
     assert shown == sorted((float(row["final_return"]) for row in rows(drawn).values()), reverse=True)
 
 
+@pytest.mark.slow
 def test_page_is_self_contained(drawn):
     text = (drawn / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
@@ -260,16 +264,12 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["1", "7", "40", ""])
-def test_help_on_a_narrow_terminal(columns):
+def test_help_on_a_narrow_terminal(monkeypatch, columns):
     """Would catch: tyro's assertion below 8 columns."""
-    done = subprocess.run(
-        [sys.executable, "plot_results.py", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": columns},
-    )
+    monkeypatch.setenv("COLUMNS", columns)
+    done = run_script("plot_results.py", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--out-dir" in done.stdout
 

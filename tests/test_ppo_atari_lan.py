@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Quadrants, Recorded, read_events, run_script, without_run
+from conftest import Quadrants, Recorded, read_events, without_run
 from gymnasium.wrappers import FrameStackObservation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 import dqn_atari_lan as dqn
 import metrics
 import ppo_atari_lan as ppo
+from lan_utils import cli
 from lan_utils.cli import RunFailed
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -41,13 +42,16 @@ TABLE_4 = {  # the paper's, as printed there
 }
 
 
-def test_defaults_are_table_4():
+def test_defaults_are_table_4(monkeypatch, capsys):
     """Would catch: a default that drifts from the paper, in the code or in --help."""
     args = ppo.Args()
     assert {name: getattr(args, name) for name in TABLE_4} == TABLE_4
     assert (args.total_timesteps, args.num_envs) == (10_000_000, 8)
     assert args.total_timesteps // 1024 * 1024 == 9_999_360
-    text = " ".join(run_script("ppo_atari_lan.py", "--help").stdout.replace("│", " ").split())
+    monkeypatch.setattr("sys.argv", ["ppo_atari_lan.py", "--help"])
+    with pytest.raises(SystemExit):
+        cli.parse(ppo.Args)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name, value in TABLE_4.items():
         flag = text.split(f" --{name.replace('_', '-')}")[1].split("(Table 4)")[1]
         assert flag.startswith(f" (default: {value})"), name
@@ -389,7 +393,7 @@ def make_quadrants(env_id, render_mode=None):
 
 def quadrant_flags(runs_dir, **changes):
     return {
-        "activation": "tanh-lan", "total_timesteps": 8192, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
+        "activation": "tanh-lan", "total_timesteps": 5120, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
         "learning_rate": 1e-3, "async_envs": False, "metrics_frequency": 2000, "metrics_samples": 600,
         "checkpoint_frequency": 0, "runs_dir": str(runs_dir),
     } | changes  # fmt: skip
@@ -418,7 +422,7 @@ def test_training_learns(monkeypatch, runs_dir, activation):
 def test_same_seed_same_run_whatever_the_processes_and_plain_ppo_the_same_weights(monkeypatch, tmp_path):
     """Would catch: an unseeded draw, workers that change the order, metrics that use the training's generators, a line
     of the algorithm that is gone when every line with `run.` in it is deleted."""
-    short = {"total_timesteps": 1536, "metrics_frequency": 500}
+    short = {"total_timesteps": 1536, "metrics_frequency": 500, "update_epochs": 2}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short, async_envs=True)
     other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", total_timesteps=512, seed=2)

@@ -135,6 +135,7 @@ def test_recorded_numbers_are_the_whole_grid():
     np.testing.assert_allclose(snapshots[500].error, recorded, rtol=0.2)  # rounding grows over 500 steps
 
 
+@pytest.mark.slow
 def test_a_bad_folder_is_refused_in_one_line(tmp_path):
     """Would catch: minutes of training before the folder turns out to be a file; a traceback."""
     file = tmp_path / "file"

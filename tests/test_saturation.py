@@ -153,6 +153,7 @@ def test_recorded_numbers_are_this_codes():
     assert 0.55 < np.mean(np.array(off) < 1) < 0.8  # 0.68 of a normal distribution
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     """Would catch: results written elsewhere, a help text without the flag, a traceback for a bad folder."""
     done = run_script("scripts/saturation.py", "--help")
