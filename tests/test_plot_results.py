@@ -141,6 +141,7 @@ def test_a_full_disk_is_named(tmp_path, runs_dir):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_only_draws_what_was_asked_for(tmp_path, study):
     draw(study, tmp_path / "out", "fig01", "fig06b")
     names = {path.stem for path in (tmp_path / "out").glob("*.*") if path.name[0] != "."}

@@ -133,6 +133,7 @@ def test_a_finished_run_without_weights_is_drawn(tmp_path, runs_dir):
     assert read_study(runs_dir, tmp_path).runs["drawn"].tolist() == [True, True]
 
 
+@pytest.mark.slow
 def test_unknown_names_are_runs_like_others(tmp_path, runs_dir, capsys):
     """Would catch: a new activation or algorithm called damaged, or left out of every figure and table."""
     for seed in (1, 2):
