@@ -139,7 +139,7 @@ class RunFolder:
         status = read_json(self.path / "status.json")
         if status.get("state") != "finished" or self.checkpoints.folder.exists():  # a kill came after model.pt
             self._lock()
-            total = self.args.total_timesteps
+            total = status.get("total_timesteps", self.args.total_timesteps)  # PPO trains whole rollouts of these
             self.write_status("finished", total, total, 0.0, None)
             self.checkpoints.delete(keep=set())
         print_line(f"{self.path} has finished; --overwrite trains it anew")

@@ -387,16 +387,19 @@ def test_status_is_replaced_atomically(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
-    """With the checkpoints and the status that a kill left. Would catch: a finished run that is trained again."""
+    """With the checkpoints and the status that a kill left. Would catch: a finished run that is trained again, and one
+    of PPO whose last step is not the end of a rollout."""
     run = begin(tmp_path)
     path = with_points(run, checkpoints=(4,))
+    run.folder.write_status("running", 4, 96, 10.0, 4)
     (path / "model.pt").write_text("weights")
     with pytest.raises(SystemExit) as stopped:
         begin(tmp_path)
     assert stopped.value.code == 0
     assert f"{path} has finished; --overwrite trains it anew\n" in capsys.readouterr().out
     assert not (path / "checkpoints").exists()
-    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    status = json.loads((path / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_timesteps"]) == ("finished", 96, 96)
     before = contents(path)
     with pytest.raises(SystemExit):
         begin(tmp_path)
