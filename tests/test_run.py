@@ -171,10 +171,10 @@ def test_a_run_killed_twenty_times_ends_like_one_that_never_was(name, runs_dir, 
         before = len(printed(runs_dir))
         process = start(name, runs_dir)
         if len(codes) < 6:  # while it starts, and before there is a checkpoint
-            time.sleep(rng.uniform(0.02, 1.0))
+            time.sleep(rng.uniform(0.02, 0.7))
         else:
             wait_for(process, lambda before=before: len(printed(runs_dir)) > before)
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.2))
         os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         process.join(60)
         codes.append(process.exitcode)
