@@ -423,9 +423,9 @@ def undisturbed(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
-    """The training is killed with -9 and resumes within the sweep; then the sweep is stopped and started again."""
+    """One training is killed with -9 and resumes within the sweep; then the sweep is stopped and started again."""
     runs_dir = tmp_path / "my runs"
-    (tmp_path / "jobs.txt").write_text(real_jobs(runs_dir, "dqn")[0] + "\n")
+    (tmp_path / "jobs.txt").write_text("\n".join(real_jobs(runs_dir, "dqn", "ppo")) + "\n")
     command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--jobs-per-gpu", "2", "jobs.txt"]
     folder = run_folder(runs_dir, "dqn")
     log = runs_dir / ".sweep" / f"{folder.name}.log"
@@ -433,7 +433,7 @@ def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
     def start():
         return subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
 
-    with undisturbed(tmp_path, "dqn") as check:
+    with undisturbed(tmp_path, "dqn") as check_dqn, undisturbed(tmp_path, "ppo") as check_ppo:
         process = start()
         wait_until(lambda: checkpoint_step(runs_dir, "dqn") >= 200, process)
         os.kill(json.loads((folder / "status.json").read_text())["pid"], signal.SIGKILL)
@@ -451,8 +451,9 @@ def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
         process = start()
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 0, output
-        assert output.splitlines()[-1] == "1 of 1 runs have finished, 0 failed"
-        check(runs_dir)
+        assert output.splitlines()[-1] == "2 of 2 runs have finished, 0 failed"
+        check_dqn(runs_dir)
+        check_ppo(runs_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Slurm
