@@ -15,7 +15,7 @@ import torch
 from gymnasium.wrappers import RecordEpisodeStatistics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parent.parent
+ROOT = forked.ROOT
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two test workers share two cores
 

@@ -1,6 +1,6 @@
 """Scripts as from the shell, in processes forked from one that has imported torch.
 
-`python dqn_atari_lan.py` spends four CPU seconds on imports, and the tests start it some two hundred times.
+`python dqn_atari_lan.py` spends some four CPU seconds on imports, and the tests start it again and again.
 """
 
 import atexit

@@ -33,10 +33,10 @@ from lan_utils.run import Run
 
 # Short runs on real Breakout whose checkpoints come often. DQN's memory of 512 wraps around twice.
 COMMON = "--env-id BreakoutNoFrameskip-v4 --activation relu --num-threads 1 --metrics-samples 512"
-DQN = """dqn_atari_lan --total-timesteps 1200 --buffer-size 512 --learning-starts 100 --batch-size 8 --train-frequency 9
-    --exploration-fraction 0.5 --target-network-frequency 300 --checkpoint-frequency 200 --metrics-frequency 500
-    --eval-episodes 1"""
-PPO = """ppo_atari_lan --total-timesteps 1152 --num-envs 2 --num-steps 32 --num-minibatches 4 --update-epochs 1
+DQN = """dqn_atari_lan.py --total-timesteps 1200 --buffer-size 512 --learning-starts 100 --batch-size 8
+    --train-frequency 9 --exploration-fraction 0.5 --target-network-frequency 300 --checkpoint-frequency 200
+    --metrics-frequency 500 --eval-episodes 1"""
+PPO = """ppo_atari_lan.py --total-timesteps 1152 --num-envs 2 --num-steps 32 --num-minibatches 4 --update-epochs 1
     --checkpoint-frequency 192 --metrics-frequency 500"""
 RUNS = {
     "dqn": f"{DQN} {COMMON}".split(),
@@ -70,8 +70,7 @@ def kept_checkpoints(runs_dir):
 
 def start(name, runs_dir, *flags, sabotage=None):
     runs_dir.mkdir(parents=True, exist_ok=True)
-    script, *defaults = RUNS[name]
-    arguments = [f"{script}.py", *defaults, "--runs-dir", runs_dir, *flags]
+    arguments = [*RUNS[name], "--runs-dir", runs_dir, *flags]
     return forked.start(arguments, runs_dir / "output.txt", before=functools.partial(prepare, sabotage, runs_dir))
 
 
