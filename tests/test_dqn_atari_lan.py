@@ -12,7 +12,7 @@ from conftest import make_quadrants, read_events, without_run
 
 import dqn_atari_lan as dqn
 import metrics
-from lan_utils import cli, study
+from lan_utils import cli, run, study
 from lan_utils.cli import RunFailed
 from lan_utils.replay import Batch
 
@@ -341,7 +341,8 @@ def test_training_learns(trained, activation):
 def test_same_seed_same_run_other_seed_other_run_and_plain_dqn_the_same_weights(monkeypatch, tmp_path):
     """Would catch: an unseeded draw; metrics, logs or checkpoints that draw from the training's generators or leave
     gradients; a line of the algorithm that is gone when every line with `run.` in it is deleted."""
-    short = {"total_timesteps": 1100, "exploration_fraction": 0.2}
+    monkeypatch.setattr(run, "LOG_FREQUENCY", 300)
+    short = {"total_timesteps": 700, "exploration_fraction": 220 / 700, "metrics_frequency": 300}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short)
     # The first 300 steps with the same schedule.

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, read_events
@@ -370,7 +371,7 @@ def test_without_gnu_parallel(project, tmp_path):
 
 COMMON = "--metrics-frequency 0 --checkpoint-frequency"
 PPO = f"--total-timesteps 1536 --num-envs 4 --num-steps 32 --num-minibatches 2 --no-async-envs {COMMON} 256"
-DQN = f"--total-timesteps 1600 --buffer-size 1600 --learning-starts 400 {COMMON} 200"
+DQN = f"--total-timesteps 1600 --buffer-size 1600 --learning-starts 400 --batch-size 8 {COMMON} 200"
 SCRIPTS = {"dqn": ("dqn_atari_lan.py", DQN.split()), "ppo": ("ppo_atari_lan.py", PPO.split())}
 
 
@@ -401,22 +402,22 @@ def outcome(runs_dir, name):
 @contextlib.contextmanager
 def undisturbed(tmp_path, name):
     """Trains the same beside what the test does; then compares its outcome with that of the run in `runs_dir`."""
-    line = shlex.split(real_jobs(tmp_path / "undisturbed", name)[0])
-    command = [sys.executable, *line[1:]]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL) as alone:
+    _, *line = shlex.split(real_jobs(tmp_path / "undisturbed", name)[0])
+    alone = forked.start(line, tmp_path / f"undisturbed-{name}.txt")
 
-        def check(runs_dir):
-            assert alone.wait(200) == 0
-            weights, events = outcome(runs_dir, name)
-            expected_weights, expected_events = outcome(tmp_path / "undisturbed", name)
-            assert weights.keys() == expected_weights.keys()
-            assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
-            assert events == expected_events
+    def check(runs_dir):
+        alone.join(200)
+        assert alone.exitcode == 0
+        weights, events = outcome(runs_dir, name)
+        expected_weights, expected_events = outcome(tmp_path / "undisturbed", name)
+        assert weights.keys() == expected_weights.keys()
+        assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
+        assert events == expected_events
 
-        try:
-            yield check
-        finally:
-            alone.kill()
+    try:
+        yield check
+    finally:
+        alone.kill()
 
 
 @needs_parallel
