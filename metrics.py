@@ -130,7 +130,8 @@ def dead_neurons_scaled(
     """Which neurons are dead once the layer's own scale is out of it, which `dead_neurons` depends on.
 
     The activations are divided by the layer's typical standard deviation, the root mean square over neurons and
-    observations of z minus each neuron's mean; then as `dead_neurons`, jitter included. Beyond the paper.
+    observations of z minus each neuron's mean; then as `dead_neurons`, jitter included. Beyond the paper. It cannot see
+    a layer that fades as a whole: where `std_dead_neurons` is near 1 it measures rounding.
 
     Args: as `dead_neurons`.
 
