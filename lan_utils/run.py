@@ -424,9 +424,11 @@ class Run:
 
     def _print_summary(self, representation: dict[str, float]) -> None:
         """How it went, and where to look."""
-        games = f"{np.mean(self.returns):.2f} over the last {len(self.returns)} games" if self.returns else ""
+        games = "no game has ended"
+        if self.returns:
+            games = f"{np.mean(self.returns):.2f} over the last {len(self.returns)} games"
         print_line(f"finished {self.folder.path}")
-        print_line(f"  return          {games or 'no game has ended'}")
+        print_line(f"  return          {games}")
         if representation:
             print_line(f"  neurons dead    {representation['dead_neurons']:.1%} by the paper's count (KDE)")
             print_line(f"  constant        {representation['std_dead_neurons']:.1%} (standard deviation below 0.001)")
