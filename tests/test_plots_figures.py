@@ -180,6 +180,21 @@ def test_the_studys_picture_shows_return_dead_neurons_and_rank(tmp_path, runs_di
     assert ends == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_studys_picture_shows_each_of_a_few_seeds(tmp_path, runs_dir, seeds):
+    """Would catch: one collapsed run of three that a mean and a band hide; or so many lines that nothing is seen."""
+    for seed in range(1, seeds + 1):
+        make_run(runs_dir, "ppo", "Pong", "tanh", seed)
+    figure, _ = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
+    mean, *thin = figure.axes[2].get_lines()
+    true = [true_measurement("effective_rank", "tanh", seed, 1.0) for seed in range(1, seeds + 1)]
+    assert mean.get_ydata()[-1] == pytest.approx(np.mean(true))
+    assert [line.get_ydata()[-1] for line in thin] == pytest.approx(true if seeds == 3 else [])
+    assert len(figure.axes[2].collections) == (0 if seeds == 3 else 1)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [f"Tanh, {seeds} runs", "dead by std < 0.001"]
+
+
 def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):
     """Would catch: a figure with only the counts that depend on where and how large z is."""
     make_run(runs_dir, "dqn", "Pong", "relu", 1)

@@ -5,7 +5,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from scipy import stats
 from lan_utils import study
 from lan_utils.plots.events import open_regular, write_whole
 from lan_utils.plots.results import Results
-from lan_utils.plots.statistics import LAST_GAMES, Curves, line_and_band
+from lan_utils.plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11
 WIDTH = study.ACTIVATIONS["tanh"].width  # of the representation, for the right-hand axis of ranks
 MAX_ACTIVATIONS = 256 * 2**20  # bytes of one array of activations.npz, unpacked
+FEW_SEEDS = 4  # up to so many are drawn each, not as a band, where a figure says so
 MAX_VALUE = 1e9  # of an activation; above, the jitter of the density vanishes in rounding
 
 # Probability that a product of two neurons dies, each of which dies with probability p (paper, Table 1).
@@ -67,6 +68,7 @@ class Plot:
     caption: str
     runs: study.Runs
     quantities: tuple[str, ...] = ()  # one panel each
+    each_seed: bool = False  # a thin line for each of up to FEW_SEEDS: a band hides that one run of three failed
 
 
 def shown_activations(results: Results, plot: Plot) -> list[str]:
@@ -114,18 +116,22 @@ def count(curves: Curves) -> int:
     return sum(map(len, curves.values()))
 
 
-def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, **style: Any) -> None:
-    """Line and band."""
+def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, each_seed: bool = False, **style: Any) -> None:
+    """Line and band; or line and seeds, if they are few."""
     line, band = line_and_band(curves)
     axes.plot(grid, line, **style)
-    if band is not None:
+    seeds = curve_of_each_seed(curves)
+    if each_seed and 1 < len(seeds) <= FEW_SEEDS:
+        for curve in seeds.values():
+            axes.plot(grid, curve, **style | {"label": None, "linewidth": 0.6, "alpha": 0.7})
+    elif band is not None:
         axes.fill_between(grid, line - band, line + band, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_lines(
     axes: Axes, results: Results, plot: Plot, quantity: str, game: str | None = None, **style: Any
 ) -> list[str]:
-    """A line and a band per activation; returns the activations without runs."""
+    """`draw_group` for each activation; returns the activations without runs."""
     algorithm = plot.runs.algorithm
     groups = {name: results.select_curves(algorithm, name, quantity, game) for name in shown_activations(results, plot)}
     games = {found for curves in groups.values() for found in curves}
@@ -135,7 +141,8 @@ def draw_lines(
         label = f"{label_of(activation)}, {plural(count(curves))}"
         if len(curves) < len(games):
             label += f", {len(curves)} of {len(games)} games"
-        draw_group(axes, results.grid(algorithm), curves, **(look_of(activation) | {"label": label} | style))
+        look = look_of(activation) | {"label": label} | style
+        draw_group(axes, results.grid(algorithm), curves, plot.each_seed, **look)
     finish_axes(axes, results.lengths[algorithm], quantity)
     return [activation for activation, curves in groups.items() if not curves]
 
@@ -186,7 +193,7 @@ def draw_panels(results: Results, plot: Plot) -> Drawing:
 
 
 def draw_study(results: Results, plot: Plot) -> Drawing:
-    """`draw_panels` of what there is: the return as it is where there is one game, normalised where there are more."""
+    """`draw_panels` of what there is, few seeds each; the return as it is if there is one game, else normalised."""
     algorithm = plot.runs.algorithm
     drawn = results.drawn
     games = set(drawn.loc[drawn["algorithm"] == algorithm, "game"])
@@ -195,7 +202,7 @@ def draw_study(results: Results, plot: Plot) -> Drawing:
     kept = [name for name in quantities if any(results.select_curves(algorithm, each, name) for each in shown)]
     if not kept:
         return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in quantities)}"]
-    figure, missing = draw_panels(results, Plot(plot.draw, plot.caption, plot.runs, tuple(kept)))
+    figure, missing = draw_panels(results, replace(plot, quantities=tuple(kept), each_seed=True))
     if figure is not None and kept[0] == "score":
         figure.axes[0].set_ylabel(f"return in {plain(next(iter(games)))}")
     return figure, missing + [f"no {axis_label(quantity)}" for quantity in quantities if quantity not in kept]
@@ -438,7 +445,8 @@ DENSITY = (
 STUDY = (
     f"Left: mean return of the last {LAST_GAMES} games, normalised by ReLU where there are several games (0 and 1: the "
     "lowest and highest point of ReLU's curve). Middle: dead neurons of z by the paper's kernel density, dotted by a "
-    f"standard deviation below 0.001. Right: effective rank of z, and as a share of its 512 neurons. {BAND}"
+    f"standard deviation below 0.001. Right: effective rank of z, and as a share of its 512 neurons. {BAND} Up to "
+    f"{FEW_SEEDS} seeds are drawn each instead, as thin lines."
 )
 STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "effective_rank")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")

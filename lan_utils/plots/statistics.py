@@ -64,6 +64,16 @@ def extremes_of_mean(curves: Sequence[np.ndarray]) -> tuple[float, float] | None
     return (float(mean.min()), float(mean.max())) if len(mean) else None
 
 
+def curve_of_each_seed(curves: Curves) -> dict[int, np.ndarray]:
+    """Mean over games, (grid,), of each seed that every game has.
+
+    Args:
+        curves: at least one.
+    """
+    common = set.intersection(*(set(seeds) for seeds in curves.values()))
+    return {seed: np.mean([seeds[seed] for seeds in curves.values()], axis=0) for seed in sorted(common)}
+
+
 def line_and_band(curves: Curves) -> tuple[np.ndarray, np.ndarray | None]:
     """What a figure shows of a group of runs.
 
@@ -72,11 +82,10 @@ def line_and_band(curves: Curves) -> tuple[np.ndarray, np.ndarray | None]:
 
     Returns:
         The mean over games of the mean over seeds, (grid,), NaN where a run has no value; and the standard deviation
-        (ddof 1) over the seeds that every game has of the mean over games, None for fewer than two.
+        (ddof 1) over `curve_of_each_seed`, None for fewer than two.
     """
     line = np.mean([np.mean(list(seeds.values()), axis=0) for seeds in curves.values()], axis=0)
-    common = set.intersection(*(set(seeds) for seeds in curves.values()))
-    by_seed = [np.mean([seeds[seed] for seeds in curves.values()], axis=0) for seed in sorted(common)]
+    by_seed = list(curve_of_each_seed(curves).values())
     return line, np.std(by_seed, axis=0, ddof=1) if len(by_seed) > 1 else None
 
 
