@@ -166,18 +166,38 @@ def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
     assert len(special.axes[0].get_lines()) == 1
 
 
-@pytest.mark.parametrize(("games", "shown"), [(("Pong",), "return in Pong"), (("Pong", "Qbert"), "normalised score")])
-def test_the_studys_picture_shows_return_dead_neurons_and_rank(tmp_path, runs_dir, games, shown):
-    """Would catch: a panel lost, or one game's return normalised where it could be read as it is."""
-    for game in games:
+FEW_AND_MANY = {
+    "one": ({"Pong": 1}, ["return in Pong"]),
+    "two, of which one has more seeds": ({"Pong": 1, "Qbert": 3}, ["return in Pong", "return in Qbert"]),
+    "four": (dict.fromkeys(("Boxing", "Pong", "Qbert", "Tennis"), 1), ["normalised score"]),
+}
+
+
+@pytest.mark.parametrize("case", FEW_AND_MANY)
+def test_the_studys_picture_shows_return_dead_neurons_and_rank(tmp_path, runs_dir, case):
+    """Would catch: a panel lost, another game's runs in a row, a few games' returns normalised where they could be read
+    as they are, a legend that tells of one game's runs only."""
+    games, first_labels = FEW_AND_MANY[case]
+    for game, seeds in games.items():
         for activation in ("relu", "tanh"):
-            make_run(runs_dir, "ppo", game, activation, 1)
-    figure, _ = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
-    assert [axes.get_ylabel() for axes in figure.axes] == [shown, "dead neurons (KDE)", "effective rank"]
-    relu = [line for line in figure.axes[1].get_lines() if line.get_color() == "#000000"]
-    ends = [line.get_ydata()[-1] for line in relu]
-    expected = [true_measurement(name, "relu", 1, 1.0) for name in ("dead_neurons", "std_dead_neurons")]
-    assert ends == pytest.approx(expected, abs=1e-6)
+            for seed in range(1, seeds + 1):
+                make_run(runs_dir, "ppo", game, activation, seed)
+    figure, missing = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
+    expected = [label for first in first_labels for label in (first, "dead neurons (KDE)", "effective rank")]
+    assert [axes.get_ylabel() for axes in figure.axes] == expected
+    for axes, seeds in zip(figure.axes[1::3], games.values(), strict=False):
+        black = [line for line in axes.get_lines() if line.get_color() == "#000000" and line.get_linewidth() >= 1]
+        true = [
+            np.mean([true_measurement(name, "relu", seed, 1.0) for seed in range(1, seeds + 1)])
+            for name in ("dead_neurons", "std_dead_neurons")
+        ]
+        assert [line.get_ydata()[-1] for line in black] == pytest.approx(true, abs=1e-6)
+    fewest, most = min(games.values()), max(games.values())
+    runs = "1 to 3 runs a game" if most > fewest else f"{len(games)} runs" if len(games) > 1 else "1 run"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [f"ReLU, {runs}", f"Tanh, {runs}", "dead by std < 0.001"]
+    several = " in Pong" if case.startswith("two") else ""
+    assert f"no Sigmoid{several}" in missing
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -1,6 +1,7 @@
 """Every figure that is drawn of runs. One entry of FIGURES adds a figure; which runs it takes stands in `study.py`."""
 
 import io
+import itertools
 import re
 import warnings
 import zipfile
@@ -26,6 +27,7 @@ DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11
 WIDTH = study.ACTIVATIONS["tanh"].width  # of the representation, for the right-hand axis of ranks
 MAX_ACTIVATIONS = 256 * 2**20  # bytes of one array of activations.npz, unpacked
+FEW_GAMES = 3  # up to so many are drawn each, not their mean, in the study's figure
 FEW_SEEDS = 4  # up to so many are drawn each, not as a band, where a figure says so
 MAX_VALUE = 1e9  # of an activation; above, the jitter of the density vanishes in rounding
 
@@ -112,8 +114,13 @@ def plural(runs: int) -> str:
 # ------------------------------------------------------------------------------------------------ curves
 
 
-def count(curves: Curves) -> int:
-    return sum(map(len, curves.values()))
+def runs_of(curves: Curves, a_game: bool = False) -> str:
+    """How many there are, in all or a game."""
+    counts = list(map(len, curves.values()))
+    if not a_game:
+        return plural(sum(counts))
+    fewest, most = min(counts), max(counts)
+    return f"{plural(most) if fewest == most else f'{fewest} to {most} runs'} a game"
 
 
 def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, each_seed: bool = False, **style: Any) -> None:
@@ -131,20 +138,23 @@ def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, each_seed: bool = F
 def draw_lines(
     axes: Axes, results: Results, plot: Plot, quantity: str, game: str | None = None, **style: Any
 ) -> list[str]:
-    """`draw_group` for each activation; returns the activations without runs."""
+    """`draw_group` for each activation, of one game or of all; returns the activations without runs."""
     algorithm = plot.runs.algorithm
-    groups = {name: results.select_curves(algorithm, name, quantity, game) for name in shown_activations(results, plot)}
+    groups = {name: results.select_curves(algorithm, name, quantity) for name in shown_activations(results, plot)}
     games = {found for curves in groups.values() for found in curves}
+    missing = []
     for activation, curves in groups.items():
-        if not curves:
+        drawn = {found: seeds for found, seeds in curves.items() if game in (None, found)}
+        if not drawn:
+            missing.append(activation)
             continue
-        label = f"{label_of(activation)}, {plural(count(curves))}"
+        label = f"{label_of(activation)}, {runs_of(curves, a_game=game is not None and len(games) > 1)}"
         if len(curves) < len(games):
             label += f", {len(curves)} of {len(games)} games"
         look = look_of(activation) | {"label": label} | style
-        draw_group(axes, results.grid(algorithm), curves, plot.each_seed, **look)
+        draw_group(axes, results.grid(algorithm), drawn, plot.each_seed, **look)
     finish_axes(axes, results.lengths[algorithm], quantity)
-    return [activation for activation, curves in groups.items() if not curves]
+    return missing
 
 
 def finish_axes(axes: Axes, length: int, quantity: str) -> None:
@@ -161,58 +171,68 @@ def finish_axes(axes: Axes, length: int, quantity: str) -> None:
         share.spines["right"].set_visible(True)
 
 
-def add_legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
-    """Below the panels: in one row where it fits the figure's width, else in columns that do."""
-    widths = [0.45 + 0.05 * len(label) for _, label in entries]  # inches, about
-    columns = len(entries) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
-    handles, labels = zip(*entries, strict=True)
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(columns, 1))
-
-
-def draw_panels(results: Results, plot: Plot) -> Drawing:
-    """One panel per quantity, side by side, with one legend."""
-    panels = len(plot.quantities)
-    figure = Figure((3.4, 2.9) if panels == 1 else (2.6 * panels, 2.6), layout="constrained")
-    legend: dict[str, Any] = {}
-    missing: dict[str, list[str]] = {}
-    shown = shown_activations(results, plot)
-    for axes, quantity in zip(figure.subplots(1, panels, squeeze=False)[0], plot.quantities, strict=True):
-        missing[quantity] = draw_lines(axes, results, plot, quantity)
+def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
+    """Of all panels, below them: in one row where it fits the figure's width, else in columns that do."""
+    entries = {}
+    for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        for label, handle in zip(labels, handles, strict=True):
-            legend.setdefault(label, handle)
+        entries |= dict(zip(labels, handles, strict=True))
+    entries |= {line.get_label(): line for line in more}
+    widths = [0.45 + 0.05 * len(label) for label in entries]  # inches, about
+    columns = len(entries) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=max(columns, 1))
+
+
+def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (None,)) -> Drawing:
+    """One panel per quantity, side by side, in a row for each of these games or in one for all, with one legend."""
+    rows, panels = len(games), len(plot.quantities)
+    figure = Figure((3.4, 2.9) if panels == 1 else (2.6 * panels, 0.5 + 2.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, panels, squeeze=False)
+    missing: dict[tuple[str | None, str], list[str]] = {}
+    shown = shown_activations(results, plot)
+    dotted = []
+    for (row, game), (column, quantity) in itertools.product(enumerate(games), enumerate(plot.quantities)):
+        axes = grid[row, column]
+        missing[game, quantity] = draw_lines(axes, results, plot, quantity, game)
         if quantity == "dead_neurons" and "std_dead_neurons" not in plot.quantities:
-            draw_lines(axes, results, plot, "std_dead_neurons", label=None, **STD_DEAD)
-            legend[STD_DEAD_LABEL] = Line2D([], [], color=GREY, **STD_DEAD)
+            draw_lines(axes, results, plot, "std_dead_neurons", game, label=None, **STD_DEAD)
+            dotted = [Line2D([], [], color=GREY, label=STD_DEAD_LABEL, **STD_DEAD)]
             axes.set_ylabel(axis_label(quantity))
+        if quantity == "score" and game:
+            axes.set_ylabel(f"return in {plain(game)}")
+        if row < rows - 1:
+            axes.set_xlabel("")
     if all(len(names) == len(shown) for names in missing.values()):
         return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in plot.quantities)}"]
-    order = sorted(legend, key=lambda label: label == STD_DEAD_LABEL)
-    add_legend(figure, [(legend[label], label) for label in order])
-    return figure, [f"no {label_of(name)}" for name in shown if any(name in names for names in missing.values())]
+    add_legend(figure, dotted)
+    return figure, [
+        f"no {label_of(name)}" + (f" in {game}" if rows > 1 else "")
+        for game in games
+        for name in shown
+        if any(name in missing[game, quantity] for quantity in plot.quantities)
+    ]
 
 
 def draw_study(results: Results, plot: Plot) -> Drawing:
-    """`draw_panels` of what there is, few seeds each; the return as it is if there is one game, else normalised."""
+    """`draw_panels` of what there is, few seeds each; few games each, with the return as it is, or else their mean."""
     algorithm = plot.runs.algorithm
     drawn = results.drawn
-    games = set(drawn.loc[drawn["algorithm"] == algorithm, "game"])
-    quantities = ["score" if len(games) == 1 else plot.quantities[0], *plot.quantities[1:]]
+    games = sorted(set(drawn.loc[drawn["algorithm"] == algorithm, "game"]))
+    few = len(games) <= FEW_GAMES
+    quantities = ["score" if few else plot.quantities[0], *plot.quantities[1:]]
     shown = shown_activations(results, plot)
     kept = [name for name in quantities if any(results.select_curves(algorithm, each, name) for each in shown)]
     if not kept:
         return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in quantities)}"]
-    figure, missing = draw_panels(results, replace(plot, quantities=tuple(kept), each_seed=True))
-    if figure is not None and kept[0] == "score":
-        figure.axes[0].set_ylabel(f"return in {plain(next(iter(games)))}")
+    panels = replace(plot, quantities=tuple(kept), each_seed=True)
+    figure, missing = draw_panels(results, panels, games if few else (None,))
     return figure, missing + [f"no {axis_label(quantity)}" for quantity in quantities if quantity not in kept]
 
 
 def draw_games(results: Results, plot: Plot) -> Drawing:
     """Every game on its own: the score as it is."""
     shown = shown_activations(results, plot)
-    groups = {name: results.select_curves(plot.runs.algorithm, name, "score") for name in shown}
-    games = sorted({game for curves in groups.values() for game in curves})
+    games = sorted({game for name in shown for game in results.select_curves(plot.runs.algorithm, name, "score")})
     if not games:
         return None, ["no run with a score"]
     columns = min(len(games), 4)
@@ -227,13 +247,7 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("agent steps" if place + columns >= len(games) else "")
         axes.set_ylabel("" if place % columns else "return")
-    handles = []
-    for activation, curves in groups.items():
-        if curves:
-            fewest, most = min(map(len, curves.values())), max(map(len, curves.values()))
-            each = plural(most) if fewest == most else f"{fewest} to {most} runs"
-            handles.append(Line2D([], [], **look_of(activation), label=f"{label_of(activation)}, {each} a game"))
-    add_legend(figure, [(handle, handle.get_label()) for handle in handles])
+    add_legend(figure)
     return figure, missing
 
 
@@ -385,7 +399,7 @@ def draw_dying(results: Results, plot: Plot) -> Drawing:
             look = look_of(activation)
             if curves := groups[activation]:
                 draw_group(top, grid, curves, **look)
-                label = f"{label_of(activation)}, {plural(count(curves))}"
+                label = f"{label_of(activation)}, {runs_of(curves)}"
                 handles.append(Line2D([], [], **look, label=label))
             if curves := results.select_curves(plot.runs.algorithm, activation, "std_dead_neurons"):
                 draw_group(top, grid, curves, color=look["color"], **STD_DEAD)
@@ -443,10 +457,10 @@ DENSITY = (
     f"seed), each scaled to its own peak; dead: the peak reaches {DEAD_THRESHOLD:.0f}."
 )
 STUDY = (
-    f"Left: mean return of the last {LAST_GAMES} games, normalised by ReLU where there are several games (0 and 1: the "
-    "lowest and highest point of ReLU's curve). Middle: dead neurons of z by the paper's kernel density, dotted by a "
-    f"standard deviation below 0.001. Right: effective rank of z, and as a share of its 512 neurons. {BAND} Up to "
-    f"{FEW_SEEDS} seeds are drawn each instead, as thin lines."
+    f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU (0 and 1: the "
+    f"lowest and highest point of its curve). Left: mean return of the last {LAST_GAMES} games. Middle: dead neurons "
+    "of z by the paper's kernel density, dotted by a standard deviation below 0.001. Right: effective rank of z, and "
+    f"as a share of its 512 neurons. Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
 )
 STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "effective_rank")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
