@@ -178,7 +178,7 @@ def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     entries |= {line.get_label(): line for line in more}
-    widths = [0.45 + 0.05 * len(label) for label in entries]  # inches, about
+    widths = [0.5 + 0.05 * len(label) for label in entries]  # inches, about
     columns = len(entries) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=max(columns, 1))
 
