@@ -3,6 +3,7 @@ import subprocess
 import sys
 import zipfile
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -213,6 +214,20 @@ def test_the_studys_picture_shows_each_of_a_few_seeds(tmp_path, runs_dir, seeds)
     assert len(figure.axes[2].collections) == (0 if seeds == 3 else 1)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == [f"Tanh, {seeds} runs", "dead by std < 0.001"]
+
+
+@pytest.mark.parametrize("width", [3.4, 7.8])
+def test_a_legend_stays_within_its_figure(width):
+    """Would catch: a row of five entries whose ends are cut off; or a column where a row would do."""
+    labels = ["ReLU, 3 runs a game", "Tanh, 3 runs a game", "Sigmoid, 2 to 3 runs a game", "Tanh (LaN), 3 runs a game"]
+    lines = [figures.Line2D([], [], label=label) for label in (*labels, figures.STD_DEAD_LABEL)]
+    with matplotlib.rc_context(figures.LOOK):
+        figure = figures.Figure((width, 2.6), layout="constrained")
+        figures.add_legend(figure, lines)
+        (legend,) = figure.legends
+        assert legend.get_window_extent().width <= figure.bbox.width
+        more = figure.legend(handles=lines, loc="outside lower center", ncols=legend._ncols + 1)
+        assert more.get_window_extent().width > figure.bbox.width
 
 
 def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):

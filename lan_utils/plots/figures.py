@@ -172,15 +172,17 @@ def finish_axes(axes: Axes, length: int, quantity: str) -> None:
 
 
 def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
-    """Of all panels, below them: in one row where it fits the figure's width, else in columns that do."""
+    """Of all panels, below them: in as many columns as the figure's width holds."""
     entries = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     entries |= {line.get_label(): line for line in more}
-    widths = [0.5 + 0.05 * len(label) for label in entries]  # inches, about
-    columns = len(entries) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=max(columns, 1))
+    for columns in range(len(entries), 0, -1):
+        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (None,)) -> Drawing:
