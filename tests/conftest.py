@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import forked
@@ -18,6 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = forked.ROOT
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two test workers share two cores
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    # Matplotlib's list of fonts in the home may miss some, and then every picture of the tests warns on stderr.
+    of_matplotlib = tempfile.TemporaryDirectory()
+    os.environ["MPLCONFIGDIR"] = of_matplotlib.name
 
 from lan_utils import cli  # noqa: E402
 
