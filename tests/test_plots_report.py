@@ -94,7 +94,10 @@ def test_saturates_more_slowly_is_a_mean_over_training():
 
 
 def test_returns_are_claimed_over_all_games_and_in_each():
-    """Would catch: returns of games of another scale averaged as they are; `>=` contradicted by equality."""
+    """Tanh ends at 0.1 and 0.2, so that its LaN is above it by 0.4 and 0.3; in Qbert's points, times a thousand.
+
+    Would catch: returns of games of another scale averaged as they are; `>=` contradicted by equality.
+    """
     runs = []
     for seed in (1, 2):
         for game, scale in (("Pong", 1.0), ("Qbert", 1000.0)):
@@ -102,11 +105,35 @@ def test_returns_are_claimed_over_all_games_and_in_each():
                 finals = {"normalized_score": score, "final_return": scale * score}
                 runs.append(("dqn", game, activation, seed, finals, {}))
     claims = report.make_claims(make_results(runs))
-    every = claim(claims, claim="tanh-lan > tanh", quantity="normalized_score")
-    assert (every["difference"], every["games"], every["pairs"]) == (pytest.approx(0.35), "Pong Qbert", 4)
+    both = {"games": "Pong Qbert", "quantity": "normalized_score"}
+    every = claim(claims, claim="tanh-lan > tanh", **both)
+    assert (every["difference"], every["pairs"]) == (pytest.approx(0.35), 4)
+    assert set(claims[claims["quantity"] == "final_return"]["games"]) == {"Pong", "Qbert"}
     qbert = claim(claims, claim="tanh-lan > tanh", quantity="final_return", games="Qbert")
     assert (qbert["difference"], qbert["pairs"]) == (pytest.approx(350.0), 2)
-    assert claim(claims, claim="tanh-lan >= relu", quantity="normalized_score")["verdict"] == "confirmed"
+    assert claim(claims, claim="tanh-lan >= relu", **both)["verdict"] == "confirmed"
+
+
+def test_each_game_has_claims_of_its_own():
+    """Every ReLU in Pong has 0.4 and 0.5 more dead neurons than tanh, in Qbert 0.1 fewer; DemonAttack lacks tanh.
+
+    Would catch: a mean over games (0.175) that hides two opposite ones; one game's row with the other's pairs; a row of
+    a game that has no pair; a row for each game in the table of results.md too.
+    """
+    runs = [("dqn", "DemonAttack", "relu", 1, {"dead_neurons": 0.9}, {})]
+    for game, differences in (("Pong", (0.4, 0.5)), ("Qbert", (-0.1, -0.1))):
+        for seed, difference in enumerate(differences):
+            runs.append(("dqn", game, "tanh", seed, {"dead_neurons": 0.2}, {}))
+            runs.append(("dqn", game, "relu", seed, {"dead_neurons": 0.2 + difference}, {}))
+    claims = report.make_claims(make_results(runs))
+    rows = claims[(claims["claim"] == "relu > tanh") & (claims["quantity"] == "dead_neurons")]
+    assert list(rows["games"]) == ["Pong Qbert", "Pong", "Qbert"]
+    assert list(rows["difference"]) == pytest.approx([0.175, 0.45, -0.1])
+    assert list(rows["pairs"]) == [4, 2, 2]
+    assert rows.iloc[2]["verdict"] == "contradicted"
+    shown = report.claims_table(claims).cells
+    assert "Pong Qbert" in set(shown["games"])
+    assert "Qbert" not in set(shown["games"])
 
 
 def test_z_is_compared_with_the_mean_of_its_factors(tmp_path, runs_dir):

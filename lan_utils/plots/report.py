@@ -95,39 +95,46 @@ def make_claims(results: Results) -> pd.DataFrame:
 
     Returns:
         CLAIM_COLUMNS: `claim` as "first > second"; `difference`, first minus second, with its 95 % interval `low` to
-        `high` (`statistics.paired_difference`); `games` whose pairs it is made of; `verdict` confirmed, contradicted
-        or open.
+        `high` (`statistics.paired_difference`); `games` whose pairs it is made of: all together, then, where there are
+        several, each on its own (returns only so: no two games count in the same points); `verdict` confirmed,
+        contradicted or open.
     """
     rows = []
     for algorithm in results.lengths:
 
+        def values(activation: str, quantity: str, algorithm=algorithm) -> ByGame:
+            return results.final_values(algorithm, activation, quantity)
+
         def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, algorithm=algorithm) -> None:
-            found = paired_difference(differences)
             paired = {game: seeds for game, seeds in differences.items() if seeds}
-            repeated = [game for game, seeds in paired.items() if len(seeds) > 1]
-            games = " ".join(repeated or paired)
-            row = [algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)]
-            rows.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
+            groups = [{game: seeds} for game, seeds in paired.items()]
+            if len(groups) != 1 and quantity != "final_return":
+                groups = [paired, *groups]
+            for group in groups:
+                found = paired_difference(group)
+                repeated = [game for game, seeds in group.items() if len(seeds) > 1]
+                games = " ".join(repeated or group)
+                row = [algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)]
+                rows.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
 
         for quantity, first, relation, second, when in CLAIMS:
             if when == MEAN:
                 differences = pair_of_means(results, algorithm, quantity, first, second)
             else:
-                values = (results.final_values(algorithm, name, quantity) for name in (first, second))
-                differences = pair(*values)
+                differences = pair(values(first, quantity), values(second, quantity))
             add(differences, f"{first} {relation} {second}", quantity, when, relation)
-        z, factors = (results.final_values(algorithm, "tanh-lan", name) for name in ("dead_neurons", "dead_factors"))
-        add(pair(z, factors), "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
+        differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
+        add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
         for first, relation, second in RETURN_CLAIMS:
-            values = (results.final_values(algorithm, name, "normalized_score") for name in (first, second))
-            add(pair(*values), f"{first} {relation} {second}", "normalized_score", END, relation)
-            values = (results.final_values(algorithm, name, "final_return") for name in (first, second))
-            for game, seeds in pair(*values).items():
-                add({game: seeds}, f"{first} {relation} {second}", "final_return", END, relation)
+            for quantity in ("normalized_score", "final_return"):
+                differences = pair(values(first, quantity), values(second, quantity))
+                add(differences, f"{first} {relation} {second}", quantity, END, relation)
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
 
 
 def claims_table(claims: pd.DataFrame) -> Table:
+    """All games together, and the returns, which are by game only. `claims.csv` has every game's own rows."""
+
     def with_ends(row: pd.Series) -> str:
         form = "+.1f" if row["quantity"].startswith(("effective_rank", "final_return")) else "+.3f"
         if np.isnan(row["difference"]):
@@ -135,6 +142,8 @@ def claims_table(claims: pd.DataFrame) -> Table:
         ends = "" if np.isnan(row["low"]) else f" [{row['low']:{form}}, {row['high']:{form}}]"
         return f"{row['difference']:{form}}{ends}"
 
+    of_one_game = claims.duplicated(["algorithm", "claim", "quantity", "when"])
+    claims = claims[~of_one_game | (claims["quantity"] == "final_return")]
     cells = claims.drop(columns=["difference", "low", "high"])
     cells.insert(5, "difference [95 %]", [with_ends(row) for _, row in claims.iterrows()])
     cells["algorithm"] = cells["algorithm"].str.upper()
@@ -147,7 +156,7 @@ def claims_table(claims: pd.DataFrame) -> Table:
         "over games (degrees of freedom after Welch and Satterthwaite); other seeds, not other games. A game with one "
         "pair stays out where others have more. Confirmed: the interval lies wholly on the claim's side of 0; "
         "contradicted: wholly on the other; open: it includes 0, or there are fewer than two pairs. "
-        "No correction for the number of claims.",
+        "No correction for the number of claims. Every game on its own: `claims.csv`.",
         cells.astype(str),
     )
 
