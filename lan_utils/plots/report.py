@@ -69,10 +69,9 @@ CLAIM_COLUMNS = (*("algorithm", "claim", "quantity", "when", "games", "differenc
 def pair(first: ByGame, second: ByGame) -> dict[str, dict[int, float]]:
     """First minus second where both have the game and the seed."""
     return {
-        game: {
-            seed: first[game][seed] - second[game][seed] for seed in sorted(first[game].keys() & second[game].keys())
-        }
+        game: {seed: first[game][seed] - second[game][seed] for seed in seeds}
         for game in sorted(first.keys() & second.keys())
+        if (seeds := sorted(first[game].keys() & second[game].keys()))
     }
 
 
@@ -99,37 +98,40 @@ def make_claims(results: Results) -> pd.DataFrame:
         several, each on its own (returns only so: no two games count in the same points); `verdict` confirmed,
         contradicted or open.
     """
-    rows = []
-    for algorithm in results.lengths:
-
-        def values(activation: str, quantity: str, algorithm=algorithm) -> ByGame:
-            return results.final_values(algorithm, activation, quantity)
-
-        def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, algorithm=algorithm) -> None:
-            paired = {game: seeds for game, seeds in differences.items() if seeds}
-            groups = [{game: seeds} for game, seeds in paired.items()]
-            if len(groups) != 1 and quantity != "final_return":
-                groups = [paired, *groups]
-            for group in groups:
-                found = paired_difference(group)
-                repeated = [game for game, seeds in group.items() if len(seeds) > 1]
-                games = " ".join(repeated or group)
-                row = [algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)]
-                rows.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-
-        for quantity, first, relation, second, when in CLAIMS:
-            if when == MEAN:
-                differences = pair_of_means(results, algorithm, quantity, first, second)
-            else:
-                differences = pair(values(first, quantity), values(second, quantity))
-            add(differences, f"{first} {relation} {second}", quantity, when, relation)
-        differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
-        add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
-        for first, relation, second in RETURN_CLAIMS:
-            for quantity in ("normalized_score", "final_return"):
-                differences = pair(values(first, quantity), values(second, quantity))
-                add(differences, f"{first} {relation} {second}", quantity, END, relation)
+    rows = [row for algorithm in results.lengths for row in claims_of(results, algorithm)]
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
+
+
+def claims_of(results: Results, algorithm: str) -> list[list]:
+    """Rows of `make_claims` for one algorithm."""
+    rows = []
+
+    def values(activation: str, quantity: str) -> ByGame:
+        return results.final_values(algorithm, activation, quantity)
+
+    def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str) -> None:
+        groups = [{game: seeds} for game, seeds in differences.items()]
+        if len(groups) != 1 and quantity != "final_return":
+            groups = [differences, *groups]
+        for group in groups:
+            found = paired_difference(group)
+            repeated = [game for game, seeds in group.items() if len(seeds) > 1]
+            games = " ".join(repeated or group)
+            rows.append([algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)])
+
+    for quantity, first, relation, second, when in CLAIMS:
+        if when == MEAN:
+            differences = pair_of_means(results, algorithm, quantity, first, second)
+        else:
+            differences = pair(values(first, quantity), values(second, quantity))
+        add(differences, f"{first} {relation} {second}", quantity, when, relation)
+    differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
+    add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
+    for first, relation, second in RETURN_CLAIMS:
+        for quantity in ("normalized_score", "final_return"):
+            differences = pair(values(first, quantity), values(second, quantity))
+            add(differences, f"{first} {relation} {second}", quantity, END, relation)
+    return rows
 
 
 def claims_table(claims: pd.DataFrame) -> Table:
