@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lan_utils.cli import RunFailed
-from lan_utils.plots import figures, report
-from lan_utils.plots.command import (
+from plots import figures, report
+from plots.command import (
     choose_items,
     launch,
     prepare_out_dir,
@@ -24,7 +24,7 @@ from lan_utils.plots.command import (
     read_runs,
     workers,
 )
-from lan_utils.plots.results import Results, algorithms_of, describe_runs, find_runs, make_results, select_runs
+from plots.results import Results, algorithms_of, describe_runs, find_runs, make_results, select_runs
 
 
 @dataclass

@@ -21,9 +21,9 @@ from matplotlib.lines import Line2D
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
 from lan_utils.cli import BadInput, leave, one_line_errors, parse
-from lan_utils.plots import figures
-from lan_utils.plots.events import REPRESENTATION, read_events, write_whole
-from lan_utils.plots.results import Run, finals_of, read_config
+from plots import figures
+from plots.events import REPRESENTATION, read_events, write_whole
+from plots.results import Run, finals_of, read_config
 
 OBSERVATIONS = 150  # rows of a map of neurons
 CONTRAST = 2.0  # the darkest colour stands for this many of the layer's typical standard deviations

@@ -10,7 +10,7 @@ from conftest import ROOT  # noqa: F401 (puts the project's folder on the path)
 
 import plot_results
 from lan_utils import study as facts
-from lan_utils.plots import events, results
+from plots import events, results
 
 STEPS = 100_000
 

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py, replay_benchmark.py: arithmetic by hand, refusals, and small real measurements."""
+"""benchmark/benchmark.py, replay_benchmark.py: arithmetic by hand, refusals, and small real measurements."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from conftest import ROOT, run_script
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
 
-BENCHMARK = "scripts/benchmark.py"
+BENCHMARK = "benchmark/benchmark.py"
 
 
 def line(seconds, amounts):
@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(flags, expected):
 
 @pytest.mark.slow
 def test_replay_benchmark_refuses_less_than_a_minibatch():
-    done = run_script("scripts/replay_benchmark.py", "--steps", "31")
+    done = run_script("benchmark/replay_benchmark.py", "--steps", "31")
     assert done.returncode == 2
     assert done.stderr == "error: --steps is 31; it must lie in 32, a minibatch, to 1,000,000\n"
 

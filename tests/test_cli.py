@@ -48,7 +48,7 @@ def test_help_on_a_narrow_terminal(monkeypatch, capsys, columns):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "scripts/regression.py"],
+    ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "experiments/regression.py"],
 )
 def test_help_that_nobody_reads_ends_quietly(script):
     """As behind `| head`. Would catch: a traceback of BrokenPipeError below the help."""

@@ -17,7 +17,6 @@ from conftest import ROOT, read_events, run_script
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
-
 import metrics
 
 ALGORITHMS = ("dqn", "ppo")

@@ -1,4 +1,4 @@
-"""scripts/diagrams.py: every label is read off the modules."""
+"""experiments/diagrams.py: every label is read off the modules."""
 
 import sys
 

@@ -16,7 +16,7 @@ from plots_common import STEPS, draw, make_small_study, rows  # noqa: F401 (a fi
 from synthetic_study import make_run, true_measurement, true_score
 
 from lan_utils.cli import RunFailed
-from lan_utils.plots import command, figures, results
+from plots import command, figures, results
 
 
 @pytest.fixture(scope="session")

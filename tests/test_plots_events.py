@@ -8,7 +8,7 @@ from plots_common import STEPS, event_file, points
 from synthetic_study import make_run, write_events
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from lan_utils.plots import events
+from plots import events
 
 
 def test_check_sums_are_those_of_tensorboard():

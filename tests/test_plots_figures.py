@@ -13,7 +13,7 @@ from synthetic_study import make_run, true_measurement
 
 import metrics
 from lan_utils import study as facts
-from lan_utils.plots import figures
+from plots import figures
 
 
 def test_allow_unfinished_ends_a_curve_with_its_shortest_seed(runs_dir, tmp_path):
@@ -245,7 +245,7 @@ def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):
 
 def test_looks_are_set_only_while_something_is_drawn(tmp_path, runs_dir):
     """Would catch: an import that changes how the caller's own figures look."""
-    code = "import matplotlib; before = dict(matplotlib.rcParams); import plot_results, lan_utils.plots.figures; "
+    code = "import matplotlib; before = dict(matplotlib.rcParams); import plot_results, plots.figures; "
     code += "print(before == dict(matplotlib.rcParams))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n"

@@ -4,7 +4,7 @@ import pytest
 from plots_common import draw, read_study
 from synthetic_study import make_run
 
-from lan_utils.plots import report, results
+from plots import report, results
 
 
 def test_names_from_folders_are_harmless_on_the_page(tmp_path, runs_dir):

@@ -7,7 +7,7 @@ import pytest
 from plots_common import STEPS, draw, event_file, read_study, rows
 from synthetic_study import make_run, true_measurement
 
-from lan_utils.plots import results
+from plots import results
 
 
 def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys):

@@ -5,7 +5,7 @@ import pytest
 from plots_common import points
 from scipy import stats
 
-from lan_utils.plots import statistics
+from plots import statistics
 
 
 def test_score_curve_is_the_mean_of_the_last_hundred_games():

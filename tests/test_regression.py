@@ -1,4 +1,4 @@
-"""scripts/regression.py against networks written out by hand, and numbers that are known."""
+"""experiments/regression.py against networks written out by hand, and numbers that are known."""
 
 import csv
 import math
@@ -140,7 +140,7 @@ def test_a_bad_folder_is_refused_in_one_line(tmp_path):
     """Would catch: minutes of training before the folder turns out to be a file; a traceback."""
     file = tmp_path / "file"
     file.touch()
-    done = run_script("scripts/regression.py", "--out-dir", file)
+    done = run_script("experiments/regression.py", "--out-dir", file)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(file) in done.stderr
@@ -195,7 +195,7 @@ def test_small_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_killed_worker_ends_it_in_one_line(tmp_path):
     """As the out-of-memory killer does it. Would catch: a pool that waits for ever for a worker that is gone."""
-    command = [sys.executable, "scripts/regression.py", "--out-dir", str(tmp_path)]
+    command = [sys.executable, "experiments/regression.py", "--out-dir", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = []
     while not workers:

@@ -1,4 +1,4 @@
-"""scripts/saturation.py against enumeration, its own formulas, and derivatives worked out by hand."""
+"""experiments/saturation.py against enumeration, its own formulas, and derivatives worked out by hand."""
 
 import csv
 import itertools
@@ -156,12 +156,12 @@ def test_recorded_numbers_are_this_codes():
 @pytest.mark.slow
 def test_command_line(tmp_path):
     """Would catch: results written elsewhere, a help text without the flag, a traceback for a bad folder."""
-    done = run_script("scripts/saturation.py", "--help")
+    done = run_script("experiments/saturation.py", "--help")
     assert done.returncode == 0
     assert "--out-dir PATH" in done.stdout
     file = tmp_path / "file"
     file.touch()
-    done = run_script("scripts/saturation.py", "--out-dir", file / "below")
+    done = run_script("experiments/saturation.py", "--out-dir", file / "below")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --out-dir")
     assert done.stderr.count("\n") == 1

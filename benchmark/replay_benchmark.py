@@ -1,8 +1,8 @@
 """What the replay memory costs, on frames of random play.
 
-python scripts/replay_benchmark.py            each of the eight games: bytes, time to add and to sample
-python scripts/replay_benchmark.py --full     Q*bert, the largest: 1,000,000 transitions, wrapped around by half as many
-                                              again; resident memory, a checkpoint's stall, its load, the disk
+python benchmark/replay_benchmark.py          each of the eight games: bytes, time to add and to sample
+python benchmark/replay_benchmark.py --full   Q*bert, the largest: 1,000,000 transitions, then half as many again;
+                                              resident memory, a checkpoint's stall, its load, the disk
 """
 
 import signal

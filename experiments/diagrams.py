@@ -1,8 +1,8 @@
 """The two networks with and without a LaN, as they are (paper, Fig. 3 and 9).
 
-python scripts/diagrams.py                 seconds; replaces results/figures/architecture_*.png
+python experiments/diagrams.py                 seconds; replaces results/figures/architecture_*.png
 
-python scripts/diagrams.py --out-dir out   the same into another folder
+python experiments/diagrams.py --out-dir out   the same into another folder
 """
 
 from pathlib import Path

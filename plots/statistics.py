@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from lan_utils.plots.events import Points
+from plots.events import Points
 
 LAST_GAMES = 100  # a score is the mean return of this many games
 RESAMPLES = 5000  # of the bootstrap

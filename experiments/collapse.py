@@ -1,6 +1,6 @@
 """Where a layer collapsed: is it saturated, or does nothing reach it but its biases?
 
-python results/study/collapse.py > results/study/collapse.txt
+python experiments/collapse.py > results/study/collapse.txt
 
 Of every finished run in runs/ that still has its weights and activations.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dqn_atari_lan import Representation
 
 print("run, layer: largest activation, share above 0.9, constant neurons, farthest from f(B)")

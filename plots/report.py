@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from lan_utils import study
-from lan_utils.plots.events import write_whole
-from lan_utils.plots.figures import Plot
-from lan_utils.plots.results import GRID_POINTS, Results, Run, activations_of, algorithms_of, missing_runs
-from lan_utils.plots.statistics import (
+from plots.events import write_whole
+from plots.figures import Plot
+from plots.results import GRID_POINTS, Results, Run, activations_of, algorithms_of, missing_runs
+from plots.statistics import (
     LAST_GAMES,
     RESAMPLES,
     ByGame,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lan_utils.cli import BadInput, leave, one_line_errors, parse
-from lan_utils.plots.events import CACHE_NAME, open_regular, read_run, write_whole
-from lan_utils.plots.report import TABLES
-from lan_utils.plots.results import Run
+from plots.events import CACHE_NAME, open_regular, read_run, write_whole
+from plots.report import TABLES
+from plots.results import Run
 
 MARK = ".plot_results"  # of an out folder; whoever wants the folder for something else deletes it
 MARK_TEXT = b"plot_results.py draws into this folder and replaces its own files here.\n"

@@ -19,9 +19,9 @@ from matplotlib.ticker import EngFormatter, MultipleLocator, PercentFormatter
 from scipy import stats
 
 from lan_utils import study
-from lan_utils.plots.events import open_regular, write_whole
-from lan_utils.plots.results import Results
-from lan_utils.plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band
+from plots.events import open_regular, write_whole
+from plots.results import Results
+from plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11

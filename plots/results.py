@@ -14,9 +14,9 @@ import pandas as pd
 
 from lan_utils import study
 from lan_utils.cli import BadInput
-from lan_utils.plots import statistics
-from lan_utils.plots.events import REPRESENTATION, RETURN, Points, open_regular
-from lan_utils.plots.statistics import LAST_GAMES, ByGame, Curves
+from plots import statistics
+from plots.events import REPRESENTATION, RETURN, Points, open_regular
+from plots.statistics import LAST_GAMES, ByGame, Curves
 
 GRID_POINTS = 1001  # of the common grid of agent steps, from 0 to the end of the training
 LENGTH_TOLERANCE = 0.01  # runs whose lengths differ by no more are equally long

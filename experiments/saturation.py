@@ -1,8 +1,8 @@
 """How often is a product of neurons dead, which weights get a gradient? (Table 1)
 
-python scripts/saturation.py                 all of it, under a minute; replaces results/saturation*
+python experiments/saturation.py                 all of it, under a minute; replaces results/saturation*
 
-python scripts/saturation.py --out-dir out   the same into another folder
+python experiments/saturation.py --out-dir out   the same into another folder
 
 Neurons are saturated by large random biases, with probability p each, and counted by the function that training uses.
 The second figure measures Section 3's argument about derivatives on the representation of the training scripts.
@@ -186,7 +186,7 @@ def report(counts: list[dict], margin: list[dict], unsaturated: list[dict], grad
     shown = (0.1, 0.25, 0.5, 0.75, 0.9)
     lines = [
         "# Dead products of neurons\n",
-        f"`python scripts/saturation.py`; {NEURONS:,} products per cell, {OBSERVATIONS:,} observations. Each cell: "
+        f"`python experiments/saturation.py`; {NEURONS:,} products per cell, {OBSERVATIONS:,} observations. Each cell: "
         "simulated / theory. All values of p: `saturation.csv`.\n",
         "| neuron | factors | theory | " + " | ".join(f"p = {p:g}" for p in shown) + " |",
         "| --- " * (3 + len(shown)) + "|",

@@ -1,9 +1,9 @@
 """Training speed and memory beside stable-baselines3, and where a step goes.
 
-python scripts/benchmark.py                 one run at a time, five rounds, and a breakdown
-python scripts/benchmark.py --quick         one round of the main ones, in three minutes; writes nothing
-python scripts/benchmark.py --at-once 1 2   so many runs at once, one core and one thread each: what a sweep sees
-python scripts/benchmark.py --against DIR   another checkout of this project in place of stable-baselines3
+python benchmark/benchmark.py                 one run at a time, five rounds, and a breakdown
+python benchmark/benchmark.py --quick         one round of the main ones, in three minutes; writes nothing
+python benchmark/benchmark.py --at-once 1 2   so many runs at once, one core and one thread each: what a sweep sees
+python benchmark/benchmark.py --against DIR   another checkout of this project in place of stable-baselines3
 
 The same game, activation (relu), hyperparameters and number of threads for all; each run is a process of its own, timed
 after its warm-up. Compare ratios, not seconds: both sides alternate, so that they share the machine's moods. With a
@@ -538,7 +538,7 @@ def main(args: Args) -> None:
     rounds = 1 if args.quick else args.rounds
     load = round(os.getloadavg()[0], 1)
     content = {
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmark/benchmark.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "note": args.note,
         "processes at work before it began": load,

@@ -1,8 +1,8 @@
 """How well do shallow and deep networks fit a wavy curve? (paper, Fig. 2 and 12)
 
-python scripts/regression.py                 some two and a half minutes on two CPU cores; replaces results/regression*
+python experiments/regression.py                 two and a half minutes on two CPU cores; replaces results/regression*
 
-python scripts/regression.py --out-dir out   the same into another folder
+python experiments/regression.py --out-dir out   the same into another folder
 
 The paper gives neither range nor optimizer, learning rate or length, so a small grid of them is trained with ten seeds
 each and reported whole. Full batch, squared error, PyTorch's default initialisation.
@@ -241,8 +241,8 @@ def report(results: dict) -> str:
     return "\n".join(
         [
             "# Regression of y = 10 sin(7x) + 15 sin(10x) + 5 cos(5x)\n",
-            f"`python scripts/regression.py`; {len(SEEDS)} seeds, {TRAINING_POINTS} training points, full batch; SGD "
-            "with momentum 0.9. Every run is in `regression.csv`.\n",
+            f"`python experiments/regression.py`; {len(SEEDS)} seeds, {TRAINING_POINTS} training points, full batch; "
+            "SGD with momentum 0.9. Every run is in `regression.csv`.\n",
             "## Mean squared error on the training points\n",
             "Mean over seeds [95 % bootstrap interval]; bold: the lowest mean. In brackets the parameters.\n",
             table(grid + names, error_rows),
