@@ -16,185 +16,185 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
+from annotated_types import Ge, Gt, Interval
+from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics, ReshapeObservation
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from torch import Tensor, nn
 
 from lan_utils.atari import WholeGames, play_games
-from lan_utils.checkpoint import Variables
-from lan_utils.checks import check_common_flags, check_memory, require
+from lan_utils.checkpoint import LoopState
+from lan_utils.checks import check_flags, check_memory, require
 from lan_utils.cli import launch
+from lan_utils.flags import RunArgs
 from lan_utils.replay import Batch, ReplayMemory
-from lan_utils.run import Run, RunArgs, set_up
+from lan_utils.run import Run, leaves_no_trace, set_up
+
+# --------------------------------------------------------------------------------------- representation
+
+
+class Recipe(NamedTuple):
+    """How a hidden layer is made: parallel layers, an activation on each, and what joins them."""
+
+    activations: tuple[type[nn.Module], ...]  # one for each of the parallel layers
+    join: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    width: int = 512
+    norm: type[nn.Module] | None = None  # before each activation
+
+
+REPRESENTATIONS = {
+    "relu": Recipe((nn.ReLU,)),
+    "tanh": Recipe((nn.Tanh,)),
+    "sigmoid": Recipe((nn.Sigmoid,)),
+    "selu": Recipe((nn.SELU,)),
+    "tanh-lan": Recipe((nn.Tanh, nn.Tanh)),
+    "tanh-2xlan": Recipe((nn.Tanh, nn.Tanh, nn.Tanh)),
+    "tanh-addlan": Recipe((nn.Tanh, nn.Tanh), join=torch.add),
+    "layernorm": Recipe((nn.Tanh,), norm=nn.LayerNorm),
+    "wide-1024": Recipe((nn.Tanh,), width=1024),
+    "relu-lan": Recipe((nn.ReLU, nn.ReLU)),
+    "sigmoid-lan": Recipe((nn.Sigmoid, nn.Sigmoid)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ flags
 
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
     """Train DQN on an Atari game. "Table 3" marks the paper's hyperparameters."""
 
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game: <Game>NoFrameskip-v4"""
+    activation: Literal[*REPRESENTATIONS] = "tanh-lan"
+    """activation of the last hidden layer; the convolutions keep ReLU"""
+    seed: Annotated[int, Ge(0)] = 1
+    """seed of everything random"""
     exp_name: str = "dqn_atari_lan"
     """second part of the run folder's name"""
-    learning_rate: float = 1e-4
+    total_timesteps: Annotated[int, Gt(0)] = 10_000_000
+    """agent steps, four frames each: 10 M in the paper (Section 4.1)"""
+    repeat_action_probability: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """sticky actions: chance that a frame repeats the last action; 0 in the paper, 0.25 in Machado et al. (2018)"""
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
     """learning rate of Adam (Table 3)"""
-    adam_eps: float = 1e-5
+    adam_eps: Annotated[float, Ge(0)] = 1e-5
     """epsilon of Adam (Table 3)"""
-    gamma: float = 0.99
+    gamma: Annotated[float, Interval(ge=0, le=1)] = 0.99
     """discount factor (Table 3)"""
-    buffer_size: int = 1_000_000
+    buffer_size: Annotated[int, Gt(0)] = 1_000_000
     """transitions in the replay memory (Table 3)"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Gt(0)] = 32
     """transitions per gradient step (Table 3)"""
-    target_network_frequency: int = 1000
+    target_network_frequency: Annotated[int, Gt(0)] = 1000
     """agent steps between two copies to the target network (Table 3)"""
-    start_e: float = 1.0
+    start_e: Annotated[float, Interval(ge=0, le=1)] = 1.0
     """initial exploration (Table 3)"""
-    end_e: float = 0.1
+    end_e: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """final exploration (Table 3)"""
-    exploration_fraction: float = 0.1
-    """part of the total steps until exploration is final: 1,000,000 of 10 M (Table 3)"""
+    exploration_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.1
+    """fraction of total_timesteps over which epsilon is annealed: 1,000,000 of 10 M (Table 3)"""
     learning_starts: int = 80_000
     """agent steps before the first gradient step (Table 3)"""
-    train_frequency: int = 4
+    train_frequency: Annotated[int, Gt(0)] = 4
     """agent steps between two gradient steps (the paper's baseline)"""
     double_q: bool = True
     """Double DQN target, as Eq. 3 is written; --no-double-q takes the target network's own maximum"""
 
 
-def memory_needed(args: Args) -> int:
-    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch on its way through."""
-    transitions = min(args.buffer_size, args.total_timesteps)
-    return 800_000_000 + transitions * ReplayMemory.BYTES_PER_TRANSITION + 300_000 * args.batch_size
-
-
-def check_flags(args: Args) -> None:
-    """Refuse what cannot work, before anything is written.
-
-    Raises:
-        BadInput
-    """
-    check_common_flags(args, width=REPRESENTATIONS[args.activation].width)
-    for name in ("buffer_size", "batch_size", "target_network_frequency", "train_frequency"):
-        require(getattr(args, name) > 0, args, name, "be positive")
-    for name in ("start_e", "end_e", "exploration_fraction"):
-        require(0 <= getattr(args, name) <= 1, args, name, "lie in [0, 1]")
-    total, batch = args.total_timesteps, args.batch_size
-    require(args.learning_starts <= total, args, "learning_starts", f"not exceed --total-timesteps {total}")
-    require(args.learning_starts >= batch, args, "learning_starts", f"be at least --batch-size {batch}")
-    require(args.buffer_size >= batch, args, "buffer_size", f"be at least --batch-size {batch}")
-    largest = f"--buffer-size {args.buffer_size:,} and --batch-size {batch:,}"
-    check_memory(memory_needed(args), f"most of it is set by {largest}: lower them")
-
-
 # ------------------------------------------------------------------------------------------ environment
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are single (84, 84, 1) frames.
+def make_env(env_id: str, repeat_action_probability: float = 0.0, render_mode: str | None = None) -> gym.Env:
+    """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are (4, 84, 84), newest frame last.
 
-    An episode ends with a life; `info["episode"]` tells when a whole game has ended, with its unclipped score.
+    An episode ends with a life; `info["episode"]` tells when a whole game has ended, with its unclipped score. A
+    reset fills the stack with four copies of its frame.
     """
-    return WholeGames(AtariWrapper(RecordEpisodeStatistics(gym.make(env_id, render_mode=render_mode))))
+    game = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
+    stacked = FrameStackObservation(AtariWrapper(RecordEpisodeStatistics(game)), 4)
+    return WholeGames(ReshapeObservation(stacked, (4, 84, 84)))
 
 
-def push_frame(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The 4-frame observation after `frame`: (4, 84, 84) and (84, 84, 1) -> (4, 84, 84), oldest frame first."""
-    return np.concatenate((stack[1:], frame.transpose(2, 0, 1)))
+# ---------------------------------------------------------------------------------------------- encoder
 
 
-def first_stack(frame: np.ndarray) -> np.ndarray:
-    """The observation after a reset: four copies of its frame, (84, 84, 1) -> (4, 84, 84)."""
-    return np.repeat(frame.transpose(2, 0, 1), 4, axis=0)
+class Hidden(nn.Module):
+    """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
+    Args:
+        make_layer: makes each of the parallel layers, which begin with weights of their own.
+    """
 
-# --------------------------------------------------------------------------------------- representation
-
-
-class Layer(NamedTuple):
-    """How z is made: `parallel` layers side by side, an activation on each, and what joins them."""
-
-    f: Callable[[Tensor], Tensor]
-    parallel: int = 1
-    join: Callable[[Tensor, Tensor], Tensor] = torch.mul
-    width: int = 512
-    norm: type[nn.Module] = nn.Identity
-
-
-REPRESENTATIONS = {
-    "relu": Layer(torch.relu),
-    "tanh": Layer(torch.tanh),
-    "sigmoid": Layer(torch.sigmoid),
-    "selu": Layer(F.selu),
-    "tanh-lan": Layer(torch.tanh, parallel=2),
-    "tanh-2xlan": Layer(torch.tanh, parallel=3),
-    "tanh-addlan": Layer(torch.tanh, parallel=2, join=torch.add),
-    "layernorm": Layer(torch.tanh, norm=nn.LayerNorm),
-    "wide-1024": Layer(torch.tanh, width=1024),
-    "relu-lan": Layer(torch.relu, parallel=2),
-    "sigmoid-lan": Layer(torch.sigmoid, parallel=2),
-}
-
-
-class Representation(nn.Module):
-    """The last hidden layer (paper, Section 3.2): z = f(A1 x + B1), or with a LaN a product of such factors."""
-
-    def __init__(self, features: int, activation: str):
+    def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
         super().__init__()
-        self.f, parallel, self.join, self.width, norm = REPRESENTATIONS[activation]
-        names = ("z_enc", "z_star", "z_star2")[:parallel]
-        self.layers = nn.ModuleDict({name: nn.Linear(features, self.width) for name in names})
-        self.norm = norm(self.width)
-
-    def factors(self, x: Tensor) -> dict[str, Tensor]:
-        """(n, features) -> {"z_enc": (n, width)}, and "z_star", "z_star2" with a LaN."""
-        return {name: self.f(self.norm(layer(x))) for name, layer in self.layers.items()}
+        self.join = recipe.join
+        self.factors = nn.ModuleDict()
+        for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
+            norm = [recipe.norm(recipe.width)] if recipe.norm else []
+            self.factors[name] = nn.Sequential(make_layer(), *norm, activation())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, features) -> z (n, width)."""
-        z, *others = self.factors(x).values()
+        z, *others = [factor(x) for factor in self.factors.values()]
         for z_star in others:
             z = self.join(z, z_star)  # Eq. 2: z = z_enc * z_star
         return z
 
 
-def nature_cnn() -> nn.Sequential:
-    """The convolutions of Mnih et al. (2015): (n, 4, 84, 84) -> (n, 3136)."""
-    return nn.Sequential(
-        nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
-        nn.Flatten(),
-    )  # fmt: skip
+class Encoder(nn.Module):
+    """From observations to the representation z: the convolutions of Mnih et al. (2015) and the last hidden layer.
+
+    Args:
+        amp: compute z in bfloat16; what follows it stays in float32.
+    """
+
+    def __init__(self, activation: str, amp: bool = False):
+        super().__init__()
+        relu, recipe = REPRESENTATIONS["relu"], REPRESENTATIONS[activation]
+        self.conv1 = Hidden(relu, lambda: nn.Conv2d(4, 32, 8, stride=4))
+        self.conv2 = Hidden(relu, lambda: nn.Conv2d(32, 64, 4, stride=2))
+        self.conv3 = Hidden(relu, lambda: nn.Conv2d(64, 64, 3, stride=1))
+        self.z = Hidden(recipe, lambda: nn.Linear(3136, recipe.width))
+        self.width, self.amp = recipe.width, amp
+
+    @property
+    def measured(self) -> dict[str, nn.Module]:
+        """The layers that are measured, by the names that are logged. One entry measures another layer."""
+        layers = {"conv1": self.conv1, "conv2": self.conv2, "conv3": self.conv3, "z": self.z}
+        for name, layer in list(layers.items()):
+            if len(layer.factors) > 1:
+                layers |= {f"{name}_{factor}": module for factor, module in layer.factors.items()}
+        return layers
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """uint8 (n, 4, 84, 84) -> z (n, width) float32."""
+        x = (observations / 255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            x = self.conv3(self.conv2(self.conv1(x)))
+            z = self.z(x.flatten(1))
+        return z.float()
 
 
 # ---------------------------------------------------------------------------------------------- network
 
 
 class QNetwork(nn.Module):
-    """Q-values of every action (paper, Fig. 3).
+    """Q-values of every action (paper, Fig. 3)."""
 
-    Args:
-        amp: compute z in bfloat16; the head and what follows it stay in float32.
-    """
-
-    def __init__(self, actions: int, activation: str, amp: bool = False):
+    def __init__(self, num_actions: int, activation: str, amp: bool = False):
         super().__init__()
-        self.trunk = nature_cnn()
-        self.representation = Representation(3136, activation)
-        self.q = nn.Linear(self.representation.width, actions)
-        self.amp = amp
+        self.encoder = Encoder(activation, amp)
+        self.measured = self.encoder.measured
+        self.q = nn.Linear(self.encoder.width, num_actions)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """uint8 (n, 4, 84, 84) -> (n, actions)."""
-        x = (observations / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
-            z = self.representation(self.trunk(x))
-        return self.q(z.float())
+        """uint8 (n, 4, 84, 84) -> (n, num_actions)."""
+        return self.q(self.encoder(observations))
 
 
 Network = QNetwork  # by this name scripts/enjoy.py finds it
@@ -213,8 +213,8 @@ def td_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, choosing_q: 
 
     Args:
         rewards, terminated: (n,); a truncated episode is not terminated.
-        next_q: (n, actions), of the target network.
-        choosing_q: (n, actions), whose maximum chooses: the online network's, or `next_q` for the plain target.
+        next_q: (n, num_actions), of the target network.
+        choosing_q: (n, num_actions), whose maximum chooses: the online network's, or `next_q` for the plain target.
 
     Returns:
         (n,)
@@ -236,34 +236,60 @@ def td_loss(
     return F.mse_loss(q_values, targets), q_values.detach().mean()
 
 
-# ------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------- play
 
 
 @torch.no_grad()
-def act(q_network: nn.Module, stack: np.ndarray, epsilon: float, rng: np.random.Generator) -> int:
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random.Generator) -> int:
     """An epsilon-greedy action for the observation (4, 84, 84) uint8."""
     if rng.random() < epsilon:
         return int(rng.integers(q_network.q.out_features))
     device = q_network.q.weight.device
-    return int(q_network(torch.from_numpy(stack)[None].to(device)).argmax())
+    return int(q_network(torch.from_numpy(obs)[None].to(device)).argmax())
 
 
 def evaluate(
-    q_network: nn.Module, env_id: str, seed: int, games: int, video_folder: Path | None = None, watch: bool = False
+    q_network: nn.Module, args: Args, games: int, video_folder: Path | None = None, watch: bool = False
 ) -> Iterator[float]:
     """Play whole games with exploration 0.05 and random states of their own; yields each game's unclipped score."""
     render_mode = "human" if watch else "rgb_array" if video_folder else None
-    env = FrameStackObservation(make_env(env_id, render_mode), 4)
-    rng = np.random.default_rng((seed, games))
-    yield from play_games(env, lambda stack: act(q_network, stack, 0.05, rng), seed + 10_000, games, video_folder)
+    env = make_env(args.env_id, args.repeat_action_probability, render_mode)
+    rng = np.random.default_rng((args.seed, games))
+    yield from play_games(env, lambda obs: act(q_network, obs, 0.05, rng), args.seed + 10_000, games, video_folder)
 
 
+# ------------------------------------------------------------------------------------------------- main
+
+
+def memory_needed(args: Args) -> int:
+    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch on its way through."""
+    transitions = min(args.buffer_size, args.total_timesteps)
+    return 800_000_000 + transitions * ReplayMemory.BYTES_PER_TRANSITION + 300_000 * args.batch_size
+
+
+def check_relations(args: Args) -> None:
+    """Refuse flags that do not fit together, or not into this machine.
+
+    Raises:
+        BadInput
+    """
+    total, batch, width = args.total_timesteps, args.batch_size, REPRESENTATIONS[args.activation].width
+    require(args.learning_starts <= total, args, "learning_starts", f"not exceed --total-timesteps {total}")
+    require(args.learning_starts >= batch, args, "learning_starts", f"be at least --batch-size {batch}")
+    require(args.buffer_size >= batch, args, "buffer_size", f"be at least --batch-size {batch}")
+    require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    largest = f"--buffer-size {args.buffer_size:,} and --batch-size {batch:,}"
+    check_memory(memory_needed(args), f"most of it is set by {largest}: lower them")
+
+
+@leaves_no_trace
 def main(args: Args) -> None:
     check_flags(args)
+    check_relations(args)
     device, rng = set_up(args)
     run = Run("dqn", args, device, rng, memory_needed(args))
 
-    env = make_env(args.env_id)
+    env = make_env(args.env_id, args.repeat_action_probability)
     q_network = QNetwork(env.action_space.n, args.activation, args.amp).to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(q_network)
     on_cuda = device.type == "cuda"
@@ -272,15 +298,11 @@ def main(args: Args) -> None:
     )
     loss_function = torch.compile(td_loss, disable=not args.compile, mode="reduce-overhead" if on_cuda else None)
     memory = ReplayMemory(min(args.buffer_size, args.total_timesteps))
-    frame, _ = env.reset(seed=args.seed)
-    play = Variables(step=0, stack=first_stack(frame), losses={})
+    obs, _ = env.reset(seed=args.seed)
+    play = LoopState(step=0, obs=obs, losses=[])
 
     # Everything that a resumed run needs, named once.
     run.resume(q_network=q_network, target=target_network, optimizer=optimizer, memory=memory, env=env, play=play)
-
-    def observations(step: int) -> Tensor | None:
-        """What is measured: observations drawn from the memory, by a generator of their own."""
-        return memory.observations(args.metrics_samples, seed=(args.seed, step))
 
     for step in range(play.step + 1, args.total_timesteps + 1):
         play.step = step
@@ -288,15 +310,13 @@ def main(args: Args) -> None:
         # Play one step.
         exploration_steps = args.exploration_fraction * args.total_timesteps
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, step - 1)
-        action = act(q_network, play.stack, epsilon, rng)
-        next_frame, reward, terminated, truncated, info = env.step(action)
-        memory.add(play.stack[3], action, reward, terminated, truncated, next_frame)
+        action = act(q_network, play.obs, epsilon, rng)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        memory.add(play.obs[3], action, reward, terminated, truncated, next_obs[3])
+        play.obs = next_obs
         if terminated or truncated:
-            next_frame, reset_info = env.reset()
-            play.stack = first_stack(next_frame)
+            play.obs, reset_info = env.reset()
             info |= reset_info
-        else:
-            play.stack = push_frame(play.stack, next_frame)
 
         # Learn from a batch.
         if step > args.learning_starts and step % args.train_frequency == 0:
@@ -305,17 +325,17 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            play.losses = {"td_loss": loss.detach(), "q_values": q_values}
+            play.losses = [{"td_loss": loss.detach(), "q_values": q_values}]
         if step > args.learning_starts and step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
 
         run.log_games(step, info)
         run.log(step, q_network, play.losses, epsilon=epsilon)
-        run.measure(step, q_network, observations)
+        run.measure(step, q_network, memory)
         run.save(step)
 
+    run.finish(q_network, memory, evaluate)
     env.close()
-    run.finish(q_network, observations, evaluate)
 
 
 if __name__ == "__main__":

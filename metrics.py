@@ -1,16 +1,17 @@
 """What the neurons of a representation do: dead neurons and ranks of an activation matrix.
 
-Pure functions, and what logs them. Activations arrive as a float tensor (n, w): n observations, w neurons, on any
-device.
-"dead" always means: this neuron says (almost) the same whatever the observation.
+Pure functions. Activations arrive as a float tensor (n, w): n observations, w neurons, on any device. This file needs
+torch and nothing else: copy it into any project.
+
+"dead" always means: the neuron outputs (almost) the same value whatever the observation.
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 # Density at the centre of the standard normal kernel.
 K0 = 1 / math.sqrt(2 * math.pi)
@@ -287,52 +288,72 @@ def representation_metrics(
 
 
 @torch.no_grad()
-def activations(network: nn.Module, observations: Tensor) -> dict[str, Tensor]:
-    """z, and with a LaN its factors too.
+def record(
+    network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None = None
+) -> dict[str, Tensor]:
+    """The outputs of some modules while `network(observations)` runs, as when it acts: evaluation mode, no gradients.
 
     Args:
-        network: has a `trunk` and a `representation` with `factors`, as those of the training scripts.
-        observations: uint8 (n, 4, 84, 84), on any device.
+        network: any module; its training mode is as before afterwards, and no hook is left behind.
+        modules: by the name under which the output is returned: a module of the network, or its dotted name.
+        observations: what the network takes, passed on as it is.
+        chunk: of a tensor of observations, so many at a time, which takes less memory.
 
     Returns:
-        {"z": (n, width)}, and "z_enc", "z_star", "z_star2" where z is made of several, on the network's device.
+        {name: output} in float32, on the network's device, all observations along the first axis.
+
+    Raises:
+        ValueError: a module that the network does not have, that it does not call, or calls more than once; an output
+            that is no tensor.
     """
-    device = next(network.parameters()).device
-    parts: dict[str, list[Tensor]] = {}
-    for chunk in observations.split(256):  # more at once would only need more memory
-        x = network.trunk(chunk.to(device) / 255)
-        factors = network.representation.factors(x)
-        for name, part in ({"z": network.representation(x)} | (factors if len(factors) > 1 else {})).items():
-            parts.setdefault(name, []).append(part)
-    return {name: torch.cat(part) for name, part in parts.items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    for outputs in _outputs(network, modules, observations, chunk):
+        for name, output in outputs.items():
+            found[name].append(output.float())
+    return {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in found.items()}
 
 
-def log_representation(
-    writer: SummaryWriter | None, sample: dict[str, Tensor], threshold: float, seed: tuple[int, int], step: int
-) -> dict[str, float]:
-    """Log `representation_metrics` and a histogram of log10 of the peak densities.
+def _outputs(
+    network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None
+) -> Iterator[dict[str, Tensor]]:
+    """What `record` says, a chunk at a time."""
+    own = dict(network.named_modules())
+    chosen = {name: own.get(module) if isinstance(module, str) else module for name, module in modules.items()}
+    for name, module in chosen.items():
+        if not any(module is each for each in own.values()):
+            raise ValueError(
+                f"{name}: {modules[name]!r} is no module of the network; it has {', '.join(filter(None, own))}"
+            )
+    outputs: dict[str, Tensor] = {}
 
-    Args:
-        writer: None to log nothing.
-        sample: what `activations` gives.
-        threshold: omega of `dead_neurons`.
-        seed: (run's seed, agent step): all that the jitter depends on.
+    def keep(name: str, output: Any) -> None:
+        if name in outputs:
+            raise ValueError(f"{name} was called more than once in one pass: name a module that is called once")
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{name} returns {type(output).__name__}, not a tensor: name the module that makes the tensor"
+            )
+        outputs[name] = output.detach()
 
-    Returns:
-        What `representation_metrics` gives.
-    """
-    z = sample["z"]
-    noise_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    generator = torch.Generator(z.device).manual_seed(noise_seed)
-    peaks = kde_peak_density(z, generator=generator)
-    factors = {name: factor for name, factor in sample.items() if name != "z"}
-    values = representation_metrics(z, factors, threshold, generator, peaks)
-    if writer:
-        for name, value in values.items():
-            writer.add_scalar(f"representation/{name}", value, step)
-        log_peaks = peaks.log10().clamp(-2, 4).cpu()
-        writer.add_histogram("representation/kde_peak", log_peaks, step, bins=np.linspace(-2, 4, 61))
-    return values
+    modes = {module: module.training for module in network.modules()}
+    hooks = []
+    try:
+        for name, module in chosen.items():
+            hook = lambda module, inputs, output, name=name: keep(name, output)  # noqa: E731
+            hooks.append(module.register_forward_hook(hook))
+        network.eval()
+        for piece in observations.split(chunk) if chunk else (observations,):
+            outputs.clear()
+            network(piece)
+            for name in chosen:
+                if name not in outputs:
+                    raise ValueError(f"{name} was not called by network(observations)")
+            yield dict(outputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _check(activations: Tensor) -> None:

@@ -11,64 +11,106 @@ without them this is plain PPO.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
-from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
+from annotated_types import Ge, Gt, Interval
+from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics, ReshapeObservation
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from torch import Tensor, nn
 
 from lan_utils.atari import AleGames, VectorGames, WholeGames, play_games
-from lan_utils.checkpoint import Variables
-from lan_utils.checks import check_common_flags, check_memory, refuse_unless, require
+from lan_utils.checkpoint import LoopState
+from lan_utils.checks import check_flags, check_memory, refuse_unless, require
 from lan_utils.cli import launch
-from lan_utils.run import Run, RunArgs, set_up
+from lan_utils.flags import RunArgs
+from lan_utils.replay import RolloutMemory
+from lan_utils.run import Run, leaves_no_trace, set_up
+
+# --------------------------------------------------------------------------------------- representation
+
+
+class Recipe(NamedTuple):
+    """How a hidden layer is made: parallel layers, an activation on each, and what joins them."""
+
+    activations: tuple[type[nn.Module], ...]  # one for each of the parallel layers
+    join: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    width: int = 512
+    norm: type[nn.Module] | None = None  # before each activation
+
+
+REPRESENTATIONS = {
+    "relu": Recipe((nn.ReLU,)),
+    "tanh": Recipe((nn.Tanh,)),
+    "sigmoid": Recipe((nn.Sigmoid,)),
+    "selu": Recipe((nn.SELU,)),
+    "tanh-lan": Recipe((nn.Tanh, nn.Tanh)),
+    "tanh-2xlan": Recipe((nn.Tanh, nn.Tanh, nn.Tanh)),
+    "tanh-addlan": Recipe((nn.Tanh, nn.Tanh), join=torch.add),
+    "layernorm": Recipe((nn.Tanh,), norm=nn.LayerNorm),
+    "wide-1024": Recipe((nn.Tanh,), width=1024),
+    "relu-lan": Recipe((nn.ReLU, nn.ReLU)),
+    "sigmoid-lan": Recipe((nn.Sigmoid, nn.Sigmoid)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ flags
 
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
     """Train PPO on an Atari game. "Table 4" marks the paper's hyperparameters."""
 
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """the game: <Game>NoFrameskip-v4"""
+    activation: Literal[*REPRESENTATIONS] = "tanh-lan"
+    """activation of the last hidden layer; the convolutions keep ReLU"""
+    seed: Annotated[int, Ge(0)] = 1
+    """seed of everything random"""
     exp_name: str = "ppo_atari_lan"
     """second part of the run folder's name"""
-    learning_rate: float = 2.5e-4
+    total_timesteps: Annotated[int, Gt(0)] = 10_000_000
+    """agent steps, four frames each: 10 M in the paper (Section 4.2)"""
+    repeat_action_probability: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """sticky actions: chance that a frame repeats the last action; 0 in the paper, 0.25 in Machado et al. (2018)"""
+    learning_rate: Annotated[float, Gt(0)] = 2.5e-4
     """learning rate of Adam (Table 4)"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 (Table 4)"""
-    adam_eps: float = 1e-5
+    adam_eps: Annotated[float, Ge(0)] = 1e-5
     """epsilon of Adam (Table 4)"""
-    gamma: float = 0.99
+    gamma: Annotated[float, Interval(ge=0, le=1)] = 0.99
     """discount factor (Table 4)"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Interval(ge=0, le=1)] = 0.95
     """lambda of generalised advantage estimation (Table 4)"""
-    num_envs: int = 8
+    num_envs: Annotated[int, Gt(0)] = 8
     """games played at once (the paper's baseline)"""
-    num_steps: int = 128
+    num_steps: Annotated[int, Gt(0)] = 128
     """agent steps per environment and rollout (Table 4)"""
-    num_minibatches: int = 4
+    num_minibatches: Annotated[int, Gt(0)] = 4
     """parts of a rollout, one gradient step each (Table 4)"""
-    update_epochs: int = 4
+    update_epochs: Annotated[int, Gt(0)] = 4
     """passes over a rollout (Table 4)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch (Table 4)"""
-    clip_coef: float = 0.1
+    clip_coef: Annotated[float, Ge(0)] = 0.1
     """clipping of the probability ratio, and of the value (Table 4)"""
     clip_vloss: bool = True
     """clip the value loss (Table 4)"""
-    ent_coef: float = 0.01
+    ent_coef: Annotated[float, Ge(0)] = 0.01
     """weight of the entropy bonus (Table 4)"""
-    vf_coef: float = 0.5
+    vf_coef: Annotated[float, Ge(0)] = 0.5
     """weight of the value loss (Table 4)"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, Gt(0)] = 0.5
     """largest norm of the gradient (Table 4)"""
-    target_kl: float | None = None
+    target_kl: Annotated[float, Gt(0)] | None = None
     """end an update's passes once the policy has moved this far (Table 4)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
@@ -76,133 +118,91 @@ class Args(RunArgs):
     """step the environments in worker processes; by default where there are more than two CPU cores"""
 
 
-def memory_needed(args: Args) -> int:
-    """Bytes of resident memory, an upper estimate: the process, its games, observations, and a minibatch on its way."""
-    rollout_steps = args.num_envs * args.num_steps
-    frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
-    return 1_000_000_000 + frames + 150_000_000 * args.num_envs + 300_000 * rollout_steps // args.num_minibatches
-
-
-def check_flags(args: Args) -> None:
-    """Refuse what cannot work, before anything is written.
-
-    Raises:
-        BadInput
-    """
-    check_common_flags(args, width=REPRESENTATIONS[args.activation].width)
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "max_grad_norm"):
-        require(getattr(args, name) > 0, args, name, "be positive")
-    for name in ("clip_coef", "ent_coef", "vf_coef"):
-        require(getattr(args, name) >= 0, args, name, "not be negative")
-    require(0 <= args.gae_lambda <= 1, args, "gae_lambda", "lie in [0, 1]")
-    require(args.target_kl is None or args.target_kl > 0, args, "target_kl", "be positive, or None")
-    rollout, parts = args.num_envs * args.num_steps, f"--num-envs {args.num_envs} times --num-steps {args.num_steps}"
-    require(rollout % args.num_minibatches == 0, args, "num_minibatches", f"divide {parts} = {rollout}")
-    # One transition alone has no standard deviation to be normalised by.
-    require(rollout > args.num_minibatches, args, "num_minibatches", f"be below {parts} = {rollout}")
-    require(args.total_timesteps >= rollout, args, "total_timesteps", f"be at least {parts} = {rollout}")
-    if args.env_backend == "ale":
-        refuse_unless(
-            args.checkpoint_frequency == 0,
-            "--env-backend ale cannot save its games: a run cannot resume; accept that with --checkpoint-frequency 0",
-        )
-        require(
-            args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
-        )
-    largest = f"--num-envs {args.num_envs}, --num-steps {args.num_steps} or --metrics-samples {args.metrics_samples}"
-    check_memory(memory_needed(args), f"lower {largest}")
-
-
 # ------------------------------------------------------------------------------------------ environment
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are (4, 84, 84, 1), oldest first.
+def make_env(env_id: str, repeat_action_probability: float = 0.0, render_mode: str | None = None) -> gym.Env:
+    """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are (4, 84, 84), newest frame last.
 
     An episode ends with a life; `info["episode"]` tells when a whole game has ended, with its unclipped score. A
     reset fills the stack with four copies of its frame.
     """
-    env = RecordEpisodeStatistics(gym.make(env_id, render_mode=render_mode))
-    return WholeGames(FrameStackObservation(AtariWrapper(env), 4))
+    game = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
+    stacked = FrameStackObservation(AtariWrapper(RecordEpisodeStatistics(game)), 4)
+    return WholeGames(ReshapeObservation(stacked, (4, 84, 84)))
 
 
-# --------------------------------------------------------------------------------------- representation
+# ---------------------------------------------------------------------------------------------- encoder
 
 
-class Layer(NamedTuple):
-    """How z is made: `parallel` layers side by side, an activation on each, and what joins them."""
+class Hidden(nn.Module):
+    """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
-    f: Callable[[Tensor], Tensor]
-    parallel: int = 1
-    join: Callable[[Tensor, Tensor], Tensor] = torch.mul
-    width: int = 512
-    norm: type[nn.Module] = nn.Identity
+    Args:
+        make_layer: makes each of the parallel layers, which begin with weights of their own.
+    """
 
-
-REPRESENTATIONS = {
-    "relu": Layer(torch.relu),
-    "tanh": Layer(torch.tanh),
-    "sigmoid": Layer(torch.sigmoid),
-    "selu": Layer(F.selu),
-    "tanh-lan": Layer(torch.tanh, parallel=2),
-    "tanh-2xlan": Layer(torch.tanh, parallel=3),
-    "tanh-addlan": Layer(torch.tanh, parallel=2, join=torch.add),
-    "layernorm": Layer(torch.tanh, norm=nn.LayerNorm),
-    "wide-1024": Layer(torch.tanh, width=1024),
-    "relu-lan": Layer(torch.relu, parallel=2),
-    "sigmoid-lan": Layer(torch.sigmoid, parallel=2),
-}
-
-
-class Representation(nn.Module):
-    """The last hidden layer (paper, Section 3.2): z = f(A1 x + B1), or with a LaN a product of such factors."""
-
-    def __init__(self, features: int, activation: str):
+    def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
         super().__init__()
-        self.f, parallel, self.join, self.width, norm = REPRESENTATIONS[activation]
-        names = ("z_enc", "z_star", "z_star2")[:parallel]
-        self.layers = nn.ModuleDict({name: nn.Linear(features, self.width) for name in names})
-        self.norm = norm(self.width)
-
-    def factors(self, x: Tensor) -> dict[str, Tensor]:
-        """(n, features) -> {"z_enc": (n, width)}, and "z_star", "z_star2" with a LaN."""
-        return {name: self.f(self.norm(layer(x))) for name, layer in self.layers.items()}
+        self.join = recipe.join
+        self.factors = nn.ModuleDict()
+        for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
+            norm = [recipe.norm(recipe.width)] if recipe.norm else []
+            self.factors[name] = nn.Sequential(make_layer(), *norm, activation())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, features) -> z (n, width)."""
-        z, *others = self.factors(x).values()
+        z, *others = [factor(x) for factor in self.factors.values()]
         for z_star in others:
             z = self.join(z, z_star)  # Eq. 2: z = z_enc * z_star
         return z
 
 
-def nature_cnn() -> nn.Sequential:
-    """The convolutions of Mnih et al. (2015): (n, 4, 84, 84) -> (n, 3136)."""
-    return nn.Sequential(
-        nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
-        nn.Flatten(),
-    )  # fmt: skip
+class Encoder(nn.Module):
+    """From observations to the representation z: the convolutions of Mnih et al. (2015) and the last hidden layer.
+
+    Args:
+        amp: compute z in bfloat16; what follows it stays in float32.
+    """
+
+    def __init__(self, activation: str, amp: bool = False):
+        super().__init__()
+        relu, recipe = REPRESENTATIONS["relu"], REPRESENTATIONS[activation]
+        self.conv1 = Hidden(relu, lambda: nn.Conv2d(4, 32, 8, stride=4))
+        self.conv2 = Hidden(relu, lambda: nn.Conv2d(32, 64, 4, stride=2))
+        self.conv3 = Hidden(relu, lambda: nn.Conv2d(64, 64, 3, stride=1))
+        self.z = Hidden(recipe, lambda: nn.Linear(3136, recipe.width))
+        self.width, self.amp = recipe.width, amp
+
+    @property
+    def measured(self) -> dict[str, nn.Module]:
+        """The layers that are measured, by the names that are logged. One entry measures another layer."""
+        layers = {"conv1": self.conv1, "conv2": self.conv2, "conv3": self.conv3, "z": self.z}
+        for name, layer in list(layers.items()):
+            if len(layer.factors) > 1:
+                layers |= {f"{name}_{factor}": module for factor, module in layer.factors.items()}
+        return layers
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """uint8 (n, 4, 84, 84) -> z (n, width) float32."""
+        x = (observations / 255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            x = self.conv3(self.conv2(self.conv1(x)))
+            z = self.z(x.flatten(1))
+        return z.float()
 
 
 # ---------------------------------------------------------------------------------------------- network
 
 
 class ActorCritic(nn.Module):
-    """Policy and value on one representation (paper, Fig. 9).
+    """Policy and value on one representation (paper, Fig. 9)."""
 
-    Args:
-        amp: compute z in bfloat16; the heads and what follows them stay in float32.
-    """
-
-    def __init__(self, actions: int, activation: str, amp: bool = False):
+    def __init__(self, num_actions: int, activation: str, amp: bool = False):
         super().__init__()
-        self.trunk = nature_cnn()
-        self.representation = Representation(3136, activation)
-        self.actor = nn.Linear(self.representation.width, actions)
-        self.critic = nn.Linear(self.representation.width, 1)
-        self.amp = amp
+        self.encoder = Encoder(activation, amp)
+        self.measured = self.encoder.measured
+        self.actor = nn.Linear(self.encoder.width, num_actions)
+        self.critic = nn.Linear(self.encoder.width, 1)
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 gain = {self.actor: 0.01, self.critic: 1.0}.get(layer, np.sqrt(2))
@@ -210,11 +210,8 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (n, 4, 84, 84) -> logits (n, actions) and values (n,)."""
-        x = observations / 255
-        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
-            z = self.representation(self.trunk(x))
-        z = z.float()
+        """uint8 (n, 4, 84, 84) -> logits (n, num_actions) and values (n,)."""
+        z = self.encoder(observations)
         return self.actor(z), self.critic(z).squeeze(1)
 
 
@@ -272,7 +269,7 @@ def ppo_loss(
     norm_adv: bool,
     clip_vloss: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (Eq. 5), the value loss and the entropy bonus, and their parts: scalars on the device."""
+    """The clipped surrogate (Eq. 5) with value loss and entropy bonus, and what is logged: scalars on the device."""
     logits, values = network(batch.observations)
     log_policy = logits.log_softmax(dim=1)
     entropy = -(log_policy.exp() * log_policy).sum(dim=1).mean()
@@ -292,14 +289,14 @@ def ppo_loss(
     value_loss = 0.5 * squared_error.mean()
 
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
-    parts = {
+    terms = {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
         "approx_kl": (ratio - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
     }
-    return loss, {name: part.detach() for name, part in parts.items()}
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -308,39 +305,78 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return torch.where(variance > 0, 1 - (returns - values).var() / variance.clamp(min=1e-12), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------- play
 
 
 @torch.no_grad()
-def act(network: nn.Module, stack: np.ndarray, rng: np.random.Generator) -> int:
+def act(network: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> int:
     """An action drawn from the policy at the observation (4, 84, 84) uint8."""
-    logits, _ = network(torch.from_numpy(stack)[None].to(network.actor.weight.device))
+    logits, _ = network(torch.from_numpy(obs)[None].to(network.actor.weight.device))
     policy = logits.double().softmax(dim=1)[0].cpu().numpy()
     return int(rng.choice(len(policy), p=policy))
 
 
 def evaluate(
-    network: nn.Module, env_id: str, seed: int, games: int, video_folder: Path | None = None, watch: bool = False
+    network: nn.Module, args: Args, games: int, video_folder: Path | None = None, watch: bool = False
 ) -> Iterator[float]:
     """Play whole games with the policy and random states of their own; yields each game's unclipped score."""
-    env = make_env(env_id, "human" if watch else "rgb_array" if video_folder else None)
-    rng = np.random.default_rng((seed, games))
-    yield from play_games(env, lambda stack: act(network, stack, rng), seed + 10_000, games, video_folder)
+    render_mode = "human" if watch else "rgb_array" if video_folder else None
+    env = make_env(args.env_id, args.repeat_action_probability, render_mode)
+    rng = np.random.default_rng((args.seed, games))
+    yield from play_games(env, lambda obs: act(network, obs, rng), args.seed + 10_000, games, video_folder)
 
 
+# ------------------------------------------------------------------------------------------------- main
+
+
+def memory_needed(args: Args) -> int:
+    """Bytes of resident memory, an upper estimate: the process, its games, observations, and a minibatch on its way."""
+    rollout_steps = args.num_envs * args.num_steps
+    frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
+    return 1_000_000_000 + frames + 150_000_000 * args.num_envs + 300_000 * rollout_steps // args.num_minibatches
+
+
+def check_relations(args: Args) -> None:
+    """Refuse flags that do not fit together, or not into this machine.
+
+    Raises:
+        BadInput
+    """
+    width = REPRESENTATIONS[args.activation].width
+    require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    rollout, product = args.num_envs * args.num_steps, f"--num-envs {args.num_envs} times --num-steps {args.num_steps}"
+    require(rollout % args.num_minibatches == 0, args, "num_minibatches", f"divide {product} = {rollout}")
+    # One transition alone has no standard deviation to be normalised by.
+    require(rollout > args.num_minibatches, args, "num_minibatches", f"be below {product} = {rollout}")
+    require(args.total_timesteps >= rollout, args, "total_timesteps", f"be at least {product} = {rollout}")
+    if args.env_backend == "ale":
+        refuse_unless(
+            args.checkpoint_frequency == 0,
+            "--env-backend ale cannot save its games: a run cannot resume; accept that with --checkpoint-frequency 0",
+        )
+        require(
+            args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
+        )
+    largest = f"--num-envs {args.num_envs}, --num-steps {args.num_steps} or --metrics-samples {args.metrics_samples}"
+    check_memory(memory_needed(args), f"lower {largest}")
+
+
+@leaves_no_trace
 def main(args: Args) -> None:
     check_flags(args)
+    check_relations(args)
     device, rng = set_up(args)
     rollout_steps = args.num_envs * args.num_steps
     iterations = args.total_timesteps // rollout_steps
     run = Run("ppo", args, device, rng, memory_needed(args), stride=rollout_steps)
 
     if args.env_backend == "ale":
-        envs = AleGames(args.env_id, args.num_envs, args.num_threads)
+        envs = AleGames(args.env_id, args.repeat_action_probability, args.num_envs, args.num_threads)
     else:
-        envs = VectorGames(make_env, args.env_id, args.num_envs, args.async_envs)
-    actions_count = envs.single_action_space.n
-    network = ActorCritic(actions_count, args.activation, args.amp).to(device, memory_format=torch.channels_last)
+        make_game = functools.partial(make_env, args.env_id, args.repeat_action_probability)
+        envs = VectorGames(make_game, args.num_envs, args.async_envs)
+    num_actions = envs.single_action_space.n
+    network = ActorCritic(num_actions, args.activation, args.amp).to(device, memory_format=torch.channels_last)
     on_cuda = device.type == "cuda"
     # Nothing that changes is a Python number, so that a CUDA graph may hold the whole update.
     learning_rate = torch.tensor(args.learning_rate, device=device)
@@ -350,23 +386,15 @@ def main(args: Args) -> None:
     loss_function = torch.compile(ppo_loss, disable=not args.compile, mode="reduce-overhead" if on_cuda else None)
 
     shape = (args.num_steps, args.num_envs)
-    # Channels last, as the convolutions read them: a minibatch needs no other layout.
-    observations = torch.zeros((*shape, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
+    memory = RolloutMemory(*shape, args.metrics_samples, device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     log_probs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    staging = torch.zeros((args.num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=on_cuda).permute(0, 3, 1, 2)
     rewards, terminations, truncations = np.zeros((3, *shape), np.float32)
-    # The newest observations, for the metrics; moved within one tensor, a new one would be faulted in page by page.
-    recent = torch.zeros((args.metrics_samples, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    stacks, _ = envs.reset(seed=args.seed)
-    play = Variables(iteration=0, stacks=stacks, recent=recent)
+    obs, _ = envs.reset(seed=args.seed)
+    play = LoopState(iteration=0, obs=obs)
 
     # Everything that a resumed run needs, named once.
-    run.resume(network=network, optimizer=optimizer, envs=envs, play=play)
-
-    def newest_observations(step: int) -> Tensor | None:
-        """What is measured: the most recent observations."""
-        return recent if step >= args.metrics_samples else None
+    run.resume(network=network, optimizer=optimizer, memory=memory, envs=envs, play=play)
 
     for iteration in range(play.iteration + 1, iterations + 1):
         play.iteration = iteration
@@ -375,59 +403,53 @@ def main(args: Args) -> None:
             learning_rate.fill_(linear_schedule(args.learning_rate, 0, iterations, iteration - 1))
 
         # Play a rollout.
-        last_stacks = {}  # of truncated episodes, by (t, environment)
+        last_obs = {}  # of truncated episodes, by (t, environment)
         for t in range(args.num_steps):
-            observations[t].copy_(staging.copy_(torch.from_numpy(play.stacks[..., 0])), non_blocking=True)
             with torch.no_grad():
-                logits, values[t] = network(observations[t])
+                logits, values[t] = network(memory.add(play.obs))
             log_policy = logits.log_softmax(dim=1)
             actions[t] = torch.multinomial(log_policy.exp(), 1).squeeze(1)
             log_probs[t] = log_policy.gather(1, actions[t][:, None]).squeeze(1)
-            play.stacks, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t].cpu().numpy())
+            play.obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t].cpu().numpy())
             for i in np.flatnonzero(truncations[t] > terminations[t]):
-                last_stacks[t, i] = infos["final_obs"][i][..., 0]
+                last_obs[t, i] = infos["final_obs"][i]
             run.log_games((iteration - 1) * rollout_steps + t * args.num_envs + 1, infos)
         step = iteration * rollout_steps
-        newest = observations.flatten(0, 1)[-args.metrics_samples :]
-        recent[: -len(newest)] = recent[len(newest) :].clone()
-        recent[-len(newest) :] = newest
 
         # Estimate the advantages.
         with torch.no_grad():
-            after_last = network(torch.from_numpy(play.stacks[..., 0]).to(device))[1]
+            after_last = network(torch.from_numpy(play.obs).to(device))[1]
             next_values = torch.cat((values[1:], after_last[None]))
-            for (t, i), last_stack in last_stacks.items():
-                next_values[t, i] = network(torch.from_numpy(last_stack)[None].to(device))[1].squeeze(0)
+            for (t, i), last in last_obs.items():
+                next_values[t, i] = network(torch.from_numpy(last)[None].to(device))[1].squeeze(0)
         reward, terminated, truncated = (torch.from_numpy(a).to(device) for a in (rewards, terminations, truncations))
         ended = torch.maximum(terminated, truncated)
         advantages = compute_gae(reward, values, next_values, terminated, ended, args.gamma, args.gae_lambda)
-        rollout = Batch(observations, actions, log_probs, advantages, advantages + values, values)
-        rollout = Batch(*(part.flatten(0, 1) for part in rollout))
+        rollout = Batch(memory.rollout(), actions, log_probs, advantages, advantages + values, values)
+        rollout = Batch(*(column.flatten(0, 1) for column in rollout))
 
         # Update the network.
-        losses = []
+        losses = [{"explained_variance": explained_variance(rollout.values, rollout.returns)}]
         for _ in range(args.update_epochs):
             order = torch.from_numpy(rng.permutation(rollout_steps)).to(device)
             for chosen in order.chunk(args.num_minibatches):
-                batch = Batch(*(part[chosen] for part in rollout))
-                loss, parts = loss_function(
+                batch = Batch(*(column[chosen] for column in rollout))
+                loss, terms = loss_function(
                     network, batch, args.clip_coef, args.ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss
                 )
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                 optimizer.step()
-                losses.append({name: part.clone() for name, part in parts.items()})  # a CUDA graph reuses its outputs
-            if args.target_kl is not None and parts["approx_kl"] > args.target_kl:
+                losses.append({name: term.clone() for name, term in terms.items()})  # a CUDA graph reuses its outputs
+            if args.target_kl is not None and terms["approx_kl"] > args.target_kl:
                 break
-        means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
-        means["explained_variance"] = explained_variance(rollout.values, rollout.returns)
 
-        run.log(step, network, means, learning_rate=learning_rate)
-        run.measure(step, network, newest_observations)
+        run.log(step, network, losses, learning_rate=learning_rate)
+        run.measure(step, network, memory)
         run.save(step)
 
-    run.finish(network, newest_observations, evaluate)
+    run.finish(network, memory, evaluate)
     envs.close()
 
 

@@ -116,12 +116,12 @@ class VectorGames(VectorWrapper):
     One that ends is reset in the same step; `final_obs` and `final_info` tell of its end.
     """
 
-    def __init__(self, make_env: Callable[[str], gym.Env], env_id: str, num_envs: int, async_envs: bool):
+    def __init__(self, make_game: Callable[[], gym.Env], num_envs: int, async_envs: bool):
         if async_envs:
-            makers = [functools.partial(_make_worker_env, make_env, env_id, parent=os.getpid())] * num_envs
+            makers = [functools.partial(_make_worker_game, make_game, parent=os.getpid())] * num_envs
             env = AsyncVectorEnv(makers, shared_memory=True, autoreset_mode=AutoresetMode.SAME_STEP)
         else:
-            env = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+            env = SyncVectorEnv([make_game] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
         super().__init__(env)
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
@@ -142,7 +142,13 @@ class VectorGames(VectorWrapper):
             self.env.set_attr("snapshot", games)
 
     def close(self, **kwargs: Any) -> None:
-        with contextlib.suppress(RunFailed), self._workers():  # whoever closes needs no worker any more
+        """Also in the middle of a step, and where workers have died: they have nothing to save."""
+        for worker in getattr(self.env, "processes", ()):
+            worker.kill()
+            worker.join()
+        if isinstance(self.env, AsyncVectorEnv):
+            self.env.closed = self.closed = True
+        else:
             super().close(**kwargs)
 
     @contextlib.contextmanager
@@ -158,16 +164,14 @@ def _array(value: Any) -> Any:
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
-def _make_worker_env(make_env: Callable[[str], gym.Env], env_id: str, parent: int) -> gym.Env:
+def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
     """In a worker: Ctrl-C reaches the whole group of processes, and the parent decides when to stop."""
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # What goes wrong in a game reaches the parent through a queue; this is where a dead pipe's traceback would go.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
-    return make_env(env_id)
+    return make_game()
 
 
 class AleGames(VectorWrapper):
@@ -178,12 +182,13 @@ class AleGames(VectorWrapper):
 
     state_dict = None  # ale-py cannot save these games: such a run has no checkpoints
 
-    def __init__(self, env_id: str, num_envs: int, num_threads: int):
+    def __init__(self, env_id: str, repeat_action_probability: float, num_envs: int, num_threads: int):
         names = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
         env = AtariVectorEnv(
             names[env_id.removesuffix("NoFrameskip-v4").lower()],
             num_envs,
             num_threads=num_threads,
+            repeat_action_probability=repeat_action_probability,
             autoreset_mode=AutoresetMode.SAME_STEP,
             life_loss_info=True,
             reward_clipping=False,
@@ -194,7 +199,7 @@ class AleGames(VectorWrapper):
         stacks, info = self.env.reset(**kwargs)
         self.frame_numbers = info["episode_frame_number"]
         self.scores, self.lengths = np.zeros((2, self.num_envs))
-        return stacks[..., None], info
+        return stacks, info
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         stacks, rewards, terminations, truncations, info = self.env.step(actions)
@@ -203,10 +208,8 @@ class AleGames(VectorWrapper):
         over = truncations | (terminations & (info["episode_frame_number"] < self.frame_numbers))
         self.frame_numbers = info["episode_frame_number"]
         info |= {"episode": {"r": self.scores, "l": self.lengths}, "_episode": over}
-        if "final_obs" in info:
-            info["final_obs"] = info["final_obs"][..., None]
         self.scores, self.lengths = np.where(over, 0, self.scores), np.where(over, 0, self.lengths)
-        return stacks[..., None], np.sign(rewards), terminations, truncations, info
+        return stacks, np.sign(rewards), terminations, truncations, info
 
 
 def ended_games(info: dict) -> dict[int, tuple[float, int]]:
@@ -244,7 +247,7 @@ def play_games(
         info: dict = {}
         with _film(video_folder and video_folder / f"game_{game}.mp4", env) as add_picture:
             while "episode" not in info:
-                stack, _, terminated, truncated, info = env.step(act(stack[..., 0]))
+                stack, _, terminated, truncated, info = env.step(act(stack))
                 add_picture()
                 if terminated or truncated:
                     stack, reset_info = env.reset()

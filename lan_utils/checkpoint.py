@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import random
 import re
 from collections import deque
@@ -25,36 +24,12 @@ import numpy as np
 import torch
 
 from lan_utils.cli import warn
+from lan_utils.files import replace, sync_folder
 
 KEPT = 2  # checkpoints
 
 
 # ------------------------------------------------------------------------------------------ files on disk
-
-
-def replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Make or replace the file at `path` atomically: the old or the new content survives a crash, nothing between."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a crash's, or a link that nobody wants to be written through
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def write_checked(path: Path, content: Any) -> str:
@@ -134,8 +109,8 @@ class Part:
     content: Callable[[], Any]
 
 
-class Variables(SimpleNamespace):
-    """What else changes from step to step: `play = Variables(step=0, stack=stack)`, then `play.step = 1`."""
+class LoopState(SimpleNamespace):
+    """What else changes from step to step: `play = LoopState(step=0, obs=obs)`, then `play.step = 1`."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -5,14 +5,16 @@ import importlib.util
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import ale_py
 import gymnasium as gym
 import imageio_ffmpeg
 import psutil
+from annotated_types import Ge, Gt, Interval
 
 from lan_utils.cli import BadInput
+from lan_utils.flags import RunArgs
 from lan_utils.study import run_name
 
 gym.register_envs(ale_py)
@@ -95,31 +97,17 @@ def check_runs_dir(runs_dir: str) -> None:
     refuse_unless(writable, f"--runs-dir {runs_dir}: {existing} is not writable; name another folder")
 
 
-def check_common_flags(args: Any, width: int) -> None:
-    """What every algorithm refuses.
-
-    Args:
-        width: of the representation.
+def check_flags(args: RunArgs) -> None:
+    """Refuse what no algorithm takes: values out of the ranges that `Args` declares, unknown games, odd names.
 
     Raises:
         BadInput
     """
     check_env_id(args.env_id)
-    for name, value in vars(args).items():
-        if isinstance(value, int):
-            require(value < 2**53, args, name, "be below 2**53")
-        if name in ("learning_rate", "adam_eps", "ent_coef", "vf_coef"):
-            require(math.isfinite(value), args, name, "be finite")
-        if name in ("total_timesteps", "learning_rate", "dead_threshold"):
-            require(value > 0, args, name, "be positive")
-        if name in ("seed", "metrics_frequency", "checkpoint_frequency", "eval_episodes", "num_threads", "adam_eps"):
-            require(value >= 0, args, name, "not be negative")
-        if name == "gamma":
-            require(0 <= value <= 1, args, name, "lie in [0, 1]")
-        if name in ("runs_dir", "exp_name"):
-            require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
-    enough = f"be at least {width}, the width of {args.activation}'s representation, or a rank means nothing"
-    require(args.metrics_samples >= width, args, "metrics_samples", enough)
+    check_ranges(args)
+    for name in ("runs_dir", "exp_name"):
+        value = getattr(args, name)
+        require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
     fits = "/" not in args.exp_name and len(os.fsencode(run_name(args))) <= 255
     require(fits, args, "exp_name", "be part of a folder's name, which has at most 255 bytes and no slash")
     cores = os.cpu_count() or 1
@@ -131,6 +119,39 @@ def check_common_flags(args: Any, width: int) -> None:
     if args.track:
         check_wandb()
     check_runs_dir(args.runs_dir)
+
+
+def check_ranges(args: Any) -> None:
+    """Refuse a flag out of the range that its annotation gives, such as `Annotated[float, Gt(0)]`.
+
+    Every number has to be finite, and a whole one below 2**53, which JSON and TensorBoard still count exactly.
+
+    Raises:
+        BadInput
+    """
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if not isinstance(value, (int, float)):
+            continue
+        require(math.isfinite(value), args, name, "be finite")
+        require(isinstance(value, float) or abs(value) < 2**53, args, name, "be below 2**53")
+        for option in (hint, *get_args(hint)):  # Annotated[...], or Annotated[...] | None
+            for limit in getattr(option, "__metadata__", ()):
+                is_within, expected = _within(value, limit)
+                none = ", or None" if type(None) in get_args(hint) else ""
+                require(is_within, args, name, expected + none)
+
+
+def _within(value: float, limit: Any) -> tuple[bool, str]:
+    """Is the value within a limit of `annotated_types`; and what was expected, after "it must"."""
+    match limit:
+        case Interval(gt=None, ge=low, lt=None, le=high):
+            return low <= value <= high, f"lie in [{low}, {high}]"
+        case Gt(0):
+            return value > 0, "be positive"
+        case Ge(0):
+            return value >= 0, "not be negative"
+    raise TypeError(f"{limit}: a kind of limit that nobody has used yet")
 
 
 def check_ffmpeg(flag: str) -> None:

@@ -1,16 +1,12 @@
 """From words to Args, from errors to one line and an exit code, and what is printed while a run goes on."""
 
-import contextlib
 import errno
-import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import tyro
@@ -28,7 +24,7 @@ class RunFailed(Exception):
     """The run cannot go on: exit code 1."""
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """A signal ended the run: exit code 128 + its number."""
 
     def __init__(self, signum: int, saved: bool):
@@ -42,23 +38,10 @@ def parse(args_class: type) -> Any:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
-    if shutil.get_terminal_size().columns < 40:
-        os.environ["COLUMNS"] = "40"  # tyro cannot draw its help in less than 8
     try:
         return tyro.cli(args_class, description=args_class.__doc__)
     except BrokenPipeError:  # --help | head
         os._exit(128 + signal.SIGPIPE)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn `BadInput` and `RunFailed` into one line and an exit code."""
-    try:
-        yield
-    except BadInput as error:
-        leave(2, f"error: {error}")
-    except RunFailed as error:
-        leave(1, f"error: {error}")
 
 
 def launch(main: Callable[[Any], None], args_class: type) -> None:
@@ -68,41 +51,39 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         args_class: dataclass of flags.
     """
     args = parse(args_class)
-    threading.excepthook = lambda thread: None  # TensorBoard's writer thread: the main thread raises it again
     try:
-        with one_line_errors():
-            main(args)
-    except OSError as error:
-        disk_full = error.errno in DISK_FULL
-        what = f"cannot use {error.filename or 'the run folder'}: {error.strerror or error}"
-        remedy = "free some space, then" if disk_full else "mend that, then"
-        line = f"error: {what}. The last checkpoint, if there was one, is whole: {remedy} resume with {same_command()}"
-        leave(1, line, at_once=disk_full)
+        main(args)
+    except BadInput as error:
+        leave(2, f"error: {error}")
+    except RunFailed as error:
+        leave(1, f"error: {error}")
     except Stopped as stop:
-        name = signal.Signals(stop.signum).name
         remedy = "this resumes it" if stop.saved else "nothing was saved; this starts anew"
-        leave(128 + stop.signum, f"stopped by {name}; {remedy}: {same_command()}")
-    except KeyboardInterrupt:  # before the run has begun
-        leave(130, "interrupted before the training began")
+        leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; {remedy}: {same_command()}")
+    except KeyboardInterrupt:
+        leave(130, f"interrupted; every file is whole, run this again: {same_command()}")
+    except BrokenPipeError:  # | head
+        os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        remedy = "free some space" if error.errno in DISK_FULL else "fix this"
+        what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+        leave(1, f"error: {what}. What was saved is whole: {remedy}, then run this again: {same_command()}")
     except Exception as error:
         first_line = str(error).split("\n", 1)[0]
-        # torch's own has this name; importing torch for it would cost the plots a second.
-        is_out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if is_out_of_memory or "can't allocate memory" in str(error):
-            leave(1, f"error: out of memory: {first_line}; free some, then resume with {same_command()}")
-        if getattr(args, "compile", False) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        kind = type(error)
+        # By their names: importing torch for them would cost the plots a second.
+        if kind.__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+            leave(1, f"error: out of memory: {first_line}; free some, then run this again: {same_command()}")
+        if kind.__name__ == "BrokenProcessPool":
+            leave(1, f"error: a worker process died (out of memory?); free some, then run this again: {same_command()}")
+        if getattr(args, "compile", False) and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(1, f"error: --compile failed: {first_line}; start anew without it")
         raise
-    finally:
-        for worker in multiprocessing.active_children():  # they ignore the SIGTERM that python would send
-            worker.kill()
 
 
-def leave(code: int, message: str, at_once: bool = False) -> NoReturn:
-    """Print one line on stderr and exit; `at_once` where TensorBoard's writer would wait for a full disk."""
+def leave(code: int, message: str) -> NoReturn:
+    """Print one line on stderr and exit."""
     print(message, file=sys.stderr, flush=True)
-    if at_once:
-        os._exit(code)
     sys.exit(code)
 
 

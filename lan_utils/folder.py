@@ -13,22 +13,27 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from lan_utils import checkpoint
 from lan_utils.checks import refuse_unless
-from lan_utils.cli import BadInput, RunFailed, print_line, warn
-from lan_utils.study import NEUTRAL_FLAGS, ROOT, RunName, run_name
+from lan_utils.cli import BadInput, RunFailed, warn
+from lan_utils.files import read_json, replace
+from lan_utils.flags import RunArgs
+from lan_utils.study import NEUTRAL_FLAGS, ROOT, run_name
 
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
 # What a run makes in its folder beside .lock, config.json and checkpoints/: --overwrite deletes nothing else.
 MADE = ("model.pt", "activations.npz", "status.json", "events.out.tfevents.*", "game_[0-9]*.mp4", "wandb")
+
+
+class HasFinished(Exception):
+    """The run that the flags name has finished before."""
 
 
 class RunFolder:
@@ -39,10 +44,11 @@ class RunFolder:
         args: the flags.
     """
 
-    def __init__(self, algorithm: str, args: RunName):
+    def __init__(self, algorithm: str, args: RunArgs):
         self.algorithm, self.args = algorithm, args
         self.path = Path(args.runs_dir) / run_name(args)
         self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints")
+        self._lock_file: TextIO | None = None
 
     # -- whose it is ----------------------------------------------------------------------------------
 
@@ -54,7 +60,7 @@ class RunFolder:
 
         Raises:
             BadInput: other flags than the run had, another process at work in it, not a run's folder.
-            SystemExit: 0, the run has finished.
+            HasFinished
         """
         config_file = self.path / "config.json"
         try:
@@ -142,8 +148,8 @@ class RunFolder:
             total = status.get("total_timesteps", self.args.total_timesteps)  # PPO trains whole rollouts of these
             self.write_status("finished", total, total, 0.0, None)
             self.checkpoints.delete(keep=set())
-        print_line(f"{self.path} has finished; --overwrite trains it anew")
-        sys.exit(0)
+        self.unlock()
+        raise HasFinished(f"{self.path} has finished; --overwrite trains it anew")
 
     def _lock(self) -> None:
         # POSIX locks are not inherited by workers, and the kernel drops those of dead processes.
@@ -157,6 +163,11 @@ class RunFolder:
         self._lock_file.truncate(0)
         self._lock_file.write(f"process {os.getpid()} on {platform.node()}")
         self._lock_file.flush()
+
+    def unlock(self) -> None:
+        if self._lock_file:
+            self._lock_file.close()
+            self._lock_file = None
 
     def require_ours(self) -> None:
         """Before each write: is this still the folder whose lock this process holds?
@@ -191,7 +202,7 @@ class RunFolder:
         self._write_json("config.json", config)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        checkpoint.replace(self.path / name, lambda file: file.write(json.dumps(content, indent=2).encode()))
+        replace(self.path / name, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
     def record_changes(self, old: dict[str, Any], new: dict[str, Any], step: int) -> None:
         """Warn of what is not as when the run began, and write it under `resumes` of its config.json."""
@@ -202,7 +213,7 @@ class RunFolder:
             if key == "versions":
                 was = {name: was.get(name) for name in now if was.get(name) != now[name]}
                 now = {name: now[name] for name in was}
-            warn(f"this run began with {key} {was}, now {now}: it may not continue bit by bit")
+            warn(f"this run began with {key} {was}, now {now}: it may not continue bit for bit")
         if changes:
             resumes = old.get("resumes") if isinstance(old.get("resumes"), list) else []
             self.write_config(old | {"resumes": [*resumes, {"step": step, **changes}]})
@@ -263,7 +274,7 @@ class RunFolder:
         self._write_json("status.json", status)
 
 
-def describe(algorithm: str, args: RunName, device: torch.device, parameters: int) -> dict[str, Any]:
+def describe(algorithm: str, args: RunArgs, device: torch.device, parameters: int) -> dict[str, Any]:
     """What config.json says of a run that begins now.
 
     Args:
@@ -280,15 +291,6 @@ def describe(algorithm: str, args: RunName, device: torch.device, parameters: in
         "threads": torch.get_num_threads(),
         "parameters": parameters,
     }
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; {} for anything else."""
-    try:
-        content = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _commit() -> str | None:

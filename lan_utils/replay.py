@@ -1,4 +1,4 @@
-"""DQN's replay memory: a million transitions in 1.5 GB, saved piece by piece."""
+"""What an agent has seen: DQN's replay memory, a million transitions in 1.5 GB, and the observations of rollouts."""
 
 import functools
 from typing import Any, NamedTuple
@@ -165,6 +165,56 @@ class ReplayMemory:
         self.added = state["added"]
         self.newest_frame = np.asarray(state["newest_frame"])
         self.starts_episode = state["starts_episode"]
+
+
+class RolloutMemory:
+    """The observations of the rollout that is being played, and of as many before it as a measurement wants.
+
+    Args:
+        num_steps, num_envs: of a rollout.
+        measured: observations of a measurement; whole rollouts are kept, at least one.
+        device: where the observations are, as channels last: so the convolutions read them.
+    """
+
+    def __init__(self, num_steps: int, num_envs: int, measured: int, device: torch.device):
+        self.num_steps, self.num_envs, self.device = num_steps, num_envs, device
+        self.steps = num_steps * -(-measured // (num_steps * num_envs))  # of all rollouts kept
+        self.added = 0  # vector steps
+        shape = (self.steps, num_envs, 84, 84, 4)
+        self.frames = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
+        pinned = device.type == "cuda"
+        self.staging = torch.zeros((num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
+
+    def add(self, obs: np.ndarray) -> Tensor:
+        """Store the observations (num_envs, 4, 84, 84) of a step; returns them on the device."""
+        stored = self.frames[self.added % self.steps]
+        stored.copy_(self.staging.copy_(torch.from_numpy(obs)), non_blocking=True)
+        self.added += 1
+        return stored
+
+    def rollout(self) -> Tensor:
+        """The newest whole rollout: (num_steps, num_envs, 4, 84, 84)."""
+        start = (self.added - self.num_steps) % self.steps
+        return self.frames[start : start + self.num_steps]
+
+    def observations(self, n: int, seed: Any) -> Tensor | None:
+        """The `n` most recent observations, oldest first: (n, 4, 84, 84); None while there are fewer.
+
+        Args:
+            seed: as for the replay memory; nothing is drawn here.
+        """
+        if self.added * self.num_envs < n:
+            return None
+        newest = self.added % self.steps
+        in_order = torch.cat((self.frames[newest:], self.frames[:newest]))
+        return in_order.flatten(0, 1)[-n:]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"added": self.added, "frames": self.frames}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.added = state["added"]
+        self.frames.copy_(state["frames"])
 
 
 def _pack(frame: np.ndarray) -> bytes:

@@ -1,9 +1,9 @@
 """One training run: its flags, how it resumes, what it logs, how it stops and ends."""
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -11,12 +11,14 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections import deque
+import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -27,51 +29,69 @@ import metrics
 from lan_utils import checkpoint
 from lan_utils.atari import ended_games
 from lan_utils.checks import free_memory, refuse_unless
-from lan_utils.cli import BadInput, Progress, RunFailed, Stopped, print_line, warn
-from lan_utils.folder import RunFolder, describe
-from lan_utils.study import RunName
+from lan_utils.cli import DISK_FULL, BadInput, Progress, RunFailed, Stopped, print_line, warn
+from lan_utils.files import replace
+from lan_utils.flags import RunArgs
+from lan_utils.folder import HasFinished, RunFolder, describe
 
 LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
+CHUNK = 256  # observations that are measured at a time: more would only need more memory
 STATUS_SECONDS = 5  # at least, between two writings of status.json
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-@dataclass(kw_only=True)
-class RunArgs(RunName):
-    """The flags that every training script has."""
+@contextlib.contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Afterwards torch's settings, the environment and what is done about a thread's error are as before."""
+    threads, backends = torch.get_num_threads(), torch.backends
+    is_deterministic, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings = [
+        (backends.cuda.matmul, "fp32_precision"),
+        (backends.cudnn, "fp32_precision"),
+        (backends.cudnn, "benchmark"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (threading, "excepthook"),
+    ]
+    before = [getattr(owner, name) for owner, name in settings]
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    # TensorBoard's writer thread: the main thread raises its error again.
+    threading.excepthook = lambda error: type(error.thread).__name__ == "_AsyncWriterThread" or before[-1](error)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for (owner, name), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
-    metrics_frequency: int = 10_000
-    """agent steps between two measurements of the representation; 0 for none"""
-    metrics_samples: int = 2048
-    """observations per measurement; at least the representation's width"""
-    dead_threshold: float = 20.0
-    """omega: from this peak density on a neuron is dead (Appendix B.1)"""
-    eval_episodes: int = 0
-    """games played after training; their scores are logged"""
-    capture_video: bool = False
-    """film the evaluation as mp4 into the run folder"""
-    checkpoint_frequency: int = 50_000
-    """agent steps between two checkpoints; 0 for none but on a signal and at the end"""
-    overwrite: bool = False
-    """delete what the run folder holds of an earlier run and start anew"""
-    track: bool = False
-    """mirror TensorBoard to Weights & Biases"""
-    wandb_project_name: str = "latent-assistance-networks"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases user or team"""
-    cuda: bool = True
-    """use CUDA where there is one"""
-    torch_deterministic: bool = True
-    """deterministic kernels: the same seed gives the same weights"""
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice"""
-    tf32: bool = False
-    """TensorFloat-32 on CUDA: faster, rounds differently"""
-    amp: bool = False
-    """bfloat16 up to the representation: for hardware that is faster at it, rounds differently"""
-    compile: bool = False
-    """torch.compile the loss: faster, rounds differently"""
+
+_at_the_end: ContextVar[contextlib.ExitStack] = ContextVar("what `leaves_no_trace` does at the end of a run")
+
+
+def leaves_no_trace(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Decorate a script's `main`: however a run ends, its files and games are closed and the process is as before.
+
+    So a notebook can call it in a loop. A run that had finished before says so and returns.
+    """
+
+    @functools.wraps(main)
+    def wrapped(args: Any) -> None:
+        with _process_as_before(), contextlib.ExitStack() as stack:
+            token = _at_the_end.set(stack)
+            try:
+                main(args)
+            except HasFinished as finished:
+                print_line(str(finished))
+            finally:
+                _at_the_end.reset(token)
+
+    return wrapped
 
 
 def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
@@ -100,6 +120,13 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
         torch.backends.cudnn.benchmark = False
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     return device, np.random.default_rng(args.seed)
+
+
+class Memory(Protocol):
+    """What an agent has seen."""
+
+    def observations(self, n: int, seed: Any) -> Tensor | None:
+        """`n` of its observations, along the first axis; None while there are fewer."""
 
 
 class Run:
@@ -154,7 +181,7 @@ class Run:
         Raises:
             BadInput: other flags than the run had, another process at work in it, no checkpoint whole, points but no
                 checkpoint, not a run's folder.
-            SystemExit: 0, the run has finished.
+            HasFinished
         """
         self.things = things
         network = next(iter(things.values()))
@@ -169,9 +196,12 @@ class Run:
         if self.args.track:
             self._mirror(config)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
-        atexit.register(self._close)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
+        at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
+        at_the_end.push(self._leave)
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(signum, self._on_signal)
+                at_the_end.callback(signal.signal, signum, before or signal.SIG_DFL)
         self.progress = Progress(self.total, self.step)
         self._write_status("running")
         self._print_header(config)
@@ -242,7 +272,7 @@ class Run:
         if not self.signum:
             self.signum, self._signalled_at = signum, time.monotonic()
         elif time.monotonic() - self._signalled_at > 1:  # launchers may send one signal twice
-            os._exit(128 + signum)
+            raise Stopped(signum, saved=False)
         if self._stops_at_once:
             self._stop()
 
@@ -262,8 +292,11 @@ class Run:
             self.writer.add_scalar("charts/episodic_return", score, step + i)
             self.writer.add_scalar("charts/episodic_length", length, step + i)
 
-    def log(self, step: int, network: nn.Module, losses: dict[str, Tensor], **charts: float) -> None:
-        """Log losses and charts every 1,000 agent steps: what is waited for here need not be waited for elsewhere.
+    def log(self, step: int, network: nn.Module, losses: list[dict[str, Tensor]], **charts: float) -> None:
+        """Log losses and charts every 1,000 agent steps; this is the only place where the loop waits for the losses.
+
+        Args:
+            losses: scalars by name; what is logged of a name is its mean.
 
         Raises:
             RunFailed: a loss or a weight is NaN or infinite.
@@ -274,7 +307,12 @@ class Run:
             return
         last_games = f"{np.mean(self.returns):.2f}" if self.returns else "none yet"
         self.progress.update(step, last_100_games=last_games)
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)) if losses else {}
+        by_name: dict[str, list[Tensor]] = defaultdict(list)
+        for terms in losses:
+            for name, term in terms.items():
+                by_name[name].append(term)
+        means = [torch.stack(terms).mean() for terms in by_name.values()]
+        values = dict(zip(by_name, torch.stack(means).tolist(), strict=True)) if means else {}
         text = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
         if not np.isfinite(list(values.values())).all():
             self._diverged(step, text)
@@ -291,30 +329,33 @@ class Run:
         if time.monotonic() - self._status_written >= STATUS_SECONDS:
             self._write_status("running")
 
-    def measure(self, step: int, network: nn.Module, observations: Callable[[int], Tensor | None]) -> None:
-        """Log what `metrics` says of the network's representation, when it is due.
+    def measure(self, step: int, network: nn.Module, memory: Memory) -> None:
+        """Log what `metrics` says of the network's measured layers, when it is due.
 
         Args:
-            observations: gives the sample at an agent step, uint8 (n, 4, 84, 84); None where there is none yet.
+            network: its `measured` names the layers.
+            memory: gives the observations that it is measured on.
         """
         if self._due(self.args.metrics_frequency, step):
-            self._measure(step, network, observations, self.writer)
+            self._measure(step, network, memory, self.writer)
 
     def _measure(
-        self,
-        step: int,
-        network: nn.Module,
-        observations: Callable[[int], Tensor | None],
-        writer: SummaryWriter | None,
+        self, step: int, network: nn.Module, memory: Memory, writer: SummaryWriter | None
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        sample = observations(step)
-        if sample is None:
+        seed = (self.args.seed, step)
+        observations = memory.observations(self.args.metrics_samples, seed)
+        if observations is None:
             return {}, {}
         self._require_finite(network, step)
-        activations = metrics.activations(network, sample)
-        self.folder.require_ours()
-        seed = (self.args.seed, step)
-        return activations, metrics.log_representation(writer, activations, self.args.dead_threshold, seed, step)
+        sample = record_representation(network, observations.to(self.device))
+        values, peaks = measure_representation(sample, self.args.dead_threshold, seed)
+        if writer:
+            self.folder.require_ours()
+            for name, value in values.items():
+                writer.add_scalar(f"representation/{name}", value, step)
+            log_peaks = peaks.log10().clamp(-2, 4).cpu()
+            writer.add_histogram("representation/kde_peak", log_peaks, step, bins=np.linspace(-2, 4, 61))
+        return sample, values
 
     def save(self, step: int) -> None:
         """Write a checkpoint when it is due, and stop where a signal asked for it."""
@@ -361,28 +402,35 @@ class Run:
         self.state, self._status_written = state, time.monotonic()
         self.folder.write_status(state, self.step, self.total, self.progress.speed(), self._saved)
 
-    def _close(self) -> None:
-        """However the process ends: what was logged reaches the disk, and a run that goes on no more says so."""
-        with contextlib.suppress(RunFailed, OSError):
-            self.folder.require_ours()  # TensorBoard would make its file anew, in another process's run
-            self.writer.close()
+    def _leave(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """However the run ends: what was logged reaches the disk, and a run that goes on no more says so."""
+        if not (isinstance(error, OSError) and error.errno in DISK_FULL):  # TensorBoard's writer would wait for ever
+            with contextlib.suppress(RunFailed, OSError):
+                self.folder.require_ours()  # TensorBoard would make its file anew, in another process's run
+                self.writer.close()
         if self.state == "running":
             with contextlib.suppress(RunFailed, OSError):
                 self._write_status("failed")
+        if error:
+            self.progress.close()
+            for thing in self.things.values():
+                if close := getattr(thing, "close", None):
+                    close()
+        self.folder.unlock()
 
     # -- end ------------------------------------------------------------------------------------------
 
     def finish(
         self,
         network: nn.Module,
-        observations: Callable[[int], Tensor | None],
+        memory: Memory,
         evaluate: Callable[..., Iterator[float]],
     ) -> None:
         """Measure once more, evaluate, write `activations.npz`, then `model.pt`; the checkpoints are not needed then.
 
         Args:
-            observations: as for `measure`.
-            evaluate: (network, env_id, seed, games, video folder) -> each game's score.
+            memory: as for `measure`.
+            evaluate: (network, args, games, video folder) -> each game's score.
         """
         self.progress.close()
         self._require_finite(network, self.total)
@@ -397,9 +445,9 @@ class Run:
         if self.args.metrics_frequency:
             was_logged = self._due(self.args.metrics_frequency, self.total)
             writer = None if was_logged else self.writer
-            sample, representation = self._measure(self.total, network, observations, writer)
+            sample, representation = self._measure(self.total, network, memory, writer)
         video_folder = self.folder.path if self.args.capture_video else None
-        scores = evaluate(network, self.args.env_id, self.args.seed, self.args.eval_episodes, video_folder)
+        scores = evaluate(network, self.args, self.args.eval_episodes, video_folder)
         for game, score in enumerate(scores):
             self.folder.require_ours()
             self.writer.add_scalar("eval/episodic_return", score, game)
@@ -409,15 +457,14 @@ class Run:
         self.folder.sync_events()
         if sample:
             arrays = {name: part.cpu().numpy() for name, part in sample.items()}
-            checkpoint.replace(
+            replace(
                 self.folder.path / "activations.npz",
                 lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),
             )
         buffer = io.BytesIO()  # torch.save would hide a full disk's error behind its own
         torch.save({name: weight.cpu() for name, weight in network.state_dict().items()}, buffer)
-        checkpoint.replace(self.folder.path / "model.pt", lambda file: file.write(buffer.getbuffer()))
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # it has finished: nothing is left to stop
+        replace(self.folder.path / "model.pt", lambda file: file.write(buffer.getbuffer()))
+        self._stops_at_once = False  # it has finished: nothing is left to stop
         self._write_status("finished")
         self.checkpoints.delete(keep=set())
         self._print_summary(representation)
@@ -437,3 +484,33 @@ class Run:
             print_line("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
         runs_dir = shlex.quote(str(self.folder.path.parent))
         print_line(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {runs_dir}")
+
+
+# ------------------------------------------------------------------------------------------- measurements
+
+
+def record_representation(network: nn.Module, observations: Tensor) -> dict[str, Tensor]:
+    """z and, where it is made of several, its factors: {name: (n, width)}, of the network's `measured` layers."""
+    names = [name for name in network.measured if name == "z" or name.startswith("z_")]
+    return metrics.record(network, {name: network.measured[name] for name in names}, observations, chunk=CHUNK)
+
+
+def measure_representation(
+    sample: dict[str, Tensor], threshold: float, seed: tuple[int, int]
+) -> tuple[dict[str, float], Tensor]:
+    """What is logged of the representation.
+
+    Args:
+        sample: what `record_representation` gives.
+        threshold: omega of `metrics.dead_neurons`.
+        seed: (run's seed, agent step): all that the jitter depends on.
+
+    Returns:
+        `metrics.representation_metrics`, and the peak density of each neuron of z.
+    """
+    z = sample["z"]
+    noise_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator(z.device).manual_seed(noise_seed)
+    peaks = metrics.kde_peak_density(z, generator=generator)
+    factors = {name: factor for name, factor in sample.items() if name != "z"}
+    return metrics.representation_metrics(z, factors, threshold, generator, peaks), peaks

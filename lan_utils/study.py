@@ -2,9 +2,8 @@
 
 import csv
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,24 +84,6 @@ FIGURES = {
     "16": Runs("dqn"),
     "17": Runs("ppo"),
 }
-
-
-@dataclass(kw_only=True)
-class RunName:
-    """The flags that name a run; `exp_name` is by default the script's name without .py."""
-
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """the game: <Game>NoFrameskip-v4"""
-    activation: Literal[*ACTIVATIONS] = "tanh-lan"
-    """activation of the last hidden layer; the convolutions keep ReLU"""
-    seed: int = 1
-    """seed of everything random"""
-    exp_name: str
-    """second part of the run folder's name"""
-    total_timesteps: int = 10_000_000
-    """agent steps, four frames each: 10 M in the paper (Sections 4.1, 4.2)"""
-    runs_dir: str = "runs"
-    """folder of the run folders"""
 
 
 def run_name(args: Any) -> str:

@@ -1,0 +1,51 @@
+"""The flags that every training script has. No torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(kw_only=True)
+class RunArgs:
+    """A script's own `Args` gives the first five their defaults, in this order of --help."""
+
+    env_id: str
+    activation: str
+    seed: int
+    exp_name: str
+    total_timesteps: int
+    runs_dir: str = "runs"
+    """folder of the run folders"""
+    metrics_frequency: Annotated[int, Ge(0)] = 10_000
+    """agent steps between two measurements of the network; 0: never"""
+    metrics_samples: int = 2048
+    """observations per measurement; at least the width of z"""
+    dead_threshold: Annotated[float, Gt(0)] = 20.0
+    """omega: a neuron whose peak density reaches it is dead (Appendix B.1)"""
+    eval_episodes: Annotated[int, Ge(0)] = 0
+    """games played after training; their scores are logged"""
+    capture_video: bool = False
+    """film the evaluation as mp4 into the run folder"""
+    checkpoint_frequency: Annotated[int, Ge(0)] = 50_000
+    """agent steps between two checkpoints; 0: only on a signal and at the end"""
+    overwrite: bool = False
+    """delete what the run folder holds of an earlier run and start anew"""
+    track: bool = False
+    """mirror TensorBoard to Weights & Biases"""
+    wandb_project_name: str = "latent-assistance-networks"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team"""
+    cuda: bool = True
+    """use CUDA where there is one"""
+    torch_deterministic: bool = True
+    """deterministic kernels: the same seed gives the same weights"""
+    num_threads: Annotated[int, Ge(0)] = 0
+    """CPU threads of torch; 0 leaves torch's own choice"""
+    tf32: bool = False
+    """TensorFloat-32 on CUDA: faster, rounds differently"""
+    amp: bool = False
+    """bfloat16 up to the representation: for hardware that is faster at it, rounds differently"""
+    compile: bool = False
+    """torch.compile the loss: faster, rounds differently"""
