@@ -19,12 +19,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_atari_lan as dqn
-import metrics
-from lan_utils.checkpoint import Variables
+from lan_utils.checkpoint import LoopState
 from lan_utils.checks import require
 from lan_utils.cli import leave, one_line_errors
 from lan_utils.replay import ReplayMemory
-from lan_utils.run import Run, set_up
+from lan_utils.run import Run, measure_representation, record_representation, set_up
 from lan_utils.study import GAMES
 
 
@@ -40,13 +39,13 @@ def play(game: str, steps: int) -> list[tuple]:
     """Transitions of random play, as `ReplayMemory.add` takes them."""
     env = dqn.make_env(f"{game}NoFrameskip-v4")
     rng = np.random.default_rng(0)
-    frame, _ = env.reset(seed=0)
+    obs, _ = env.reset(seed=0)
     transitions = []
     for _ in range(steps):
         action = int(rng.integers(env.action_space.n))
-        next_frame, reward, terminated, truncated, _ = env.step(action)
-        transitions.append((frame, action, reward, terminated, truncated, next_frame))
-        frame = env.reset()[0] if terminated or truncated else next_frame
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        transitions.append((obs[3].copy(), action, reward, terminated, truncated, next_obs[3].copy()))
+        obs = env.reset()[0] if terminated or truncated else next_obs
     return transitions
 
 
@@ -96,10 +95,9 @@ def fill_and_checkpoint(steps: int) -> None:
             optimizer.zero_grad()
             dqn.td_loss(network, network, batch, 0.99, True)[0].backward()
             optimizer.step()
-        sample = metrics.activations(network, memory.observations(2048, seed=1))
-        metrics.log_representation(None, sample, 20.0, seed=(1, 0), step=0)
+        measure_representation(record_representation(network, memory.observations(2048, seed=1)), 20.0, seed=(1, 0))
         run = Run("dqn", args, device, rng)
-        play_state = Variables(step=0)
+        play_state = LoopState(step=0)
         run.resume(q_network=network, target=network, optimizer=optimizer, memory=memory, play=play_state)
         stalls = []
         for _ in range(5):

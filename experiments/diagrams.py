@@ -15,6 +15,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangl
 from torch import nn
 
 import dqn_atari_lan as dqn
+import metrics
 import ppo_atari_lan as ppo
 from lan_utils import study
 
@@ -35,45 +36,27 @@ class Block(NamedTuple):
 
 
 def blocks(network: nn.Module) -> dict[str, Block]:
-    """The layers of a `QNetwork` or `ActorCritic` by their names, in the order of the modules.
-
-    The ReLU after a convolution belongs to its block; "representation" is z itself.
-    """
-    shapes = {}
-
-    def remember(name: str):
-        return lambda module, inputs, output: shapes.update({name: tuple(output.shape[1:])})
-
-    layers = {name: module for name, module in network.named_modules() if name}
-    hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
-    with torch.no_grad():
-        network(torch.zeros(1, 4, 84, 84))
-    for hook in hooks:
-        hook.remove()
-
-    activation = getattr(network.representation.f, "__name__", "")
-    norm = "LayerNorm, " if isinstance(network.representation.norm, nn.LayerNorm) else ""
+    """The layers of a `QNetwork` or `ActorCritic` by the names under which they are measured, from the frames on."""
+    encoder = network.encoder
+    factors = {f"z_{name}": factor for name, factor in encoder.z.factors.items()}
+    heads = {name: getattr(network, name) for name in HEADS if hasattr(network, name)}
+    layers = {name: layer for name, layer in network.measured.items() if name.startswith("conv")} | factors
+    layers |= {"z": encoder.z} | heads
+    outputs = metrics.record(network, layers, torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
     found = {}
     for name, module in layers.items():
-        if name not in shapes:
-            continue
-        if isinstance(module, nn.Conv2d):
-            layer = f"{size(module.kernel_size)} conv\nstride {module.stride[0]}"
-        elif isinstance(module, nn.ReLU):
-            previous = next(reversed(found))
-            found[previous] = found[previous]._replace(layer=found[previous].layer + "\nReLU")
-            continue
-        elif isinstance(module, nn.Flatten):
-            layer = "flatten"
-        elif name.startswith("representation.layers."):
-            layer = f"linear\n{norm}{activation}"
-        elif isinstance(module, nn.Linear):
-            layer = "linear"
-        elif module is network.representation:
-            layer = {torch.mul: TIMES, torch.add: "+"}[module.join]
+        if name.startswith("conv"):
+            convolution, activation = module.factors["enc"]
+            kernel, stride = size(convolution.kernel_size), convolution.stride[0]
+            layer = f"{kernel} conv\nstride {stride}\n{type(activation).__name__}"
+        elif name in factors:
+            linear, *others = module
+            found.setdefault("flat", Block("flat", "flatten", (linear.in_features,), 0))
+            layer = "linear\n" + ", ".join(type(each).__name__ for each in others)
         else:
-            continue
-        found[name] = Block(name, layer, shapes[name], sum(p.numel() for p in module.parameters()))
+            layer = "linear" if name in heads else {torch.mul: TIMES, torch.add: "+"}[module.join]
+        count = sum(p.numel() for p in module.parameters())
+        found[name] = Block(name, layer, tuple(outputs[name].shape[1:]), count)
     return found
 
 
@@ -86,13 +69,13 @@ def game_frames() -> np.ndarray:
     """The newest four frames after a minute of random play, oldest first: (4, 84, 84) uint8."""
     env = dqn.make_env(GAME)
     env.action_space.seed(1)
-    frame, _ = env.reset(seed=1)
-    frames = [frame]
+    frames, _ = env.reset(seed=1)
     for _ in range(90):
-        frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        frames.append(env.reset()[0] if terminated or truncated else frame)
+        frames, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            frames, _ = env.reset()
     env.close()
-    return np.stack(frames[-4:])[..., 0]
+    return frames
 
 
 # ----------------------------------------------------------------------------------------------- drawing
@@ -164,9 +147,9 @@ def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float
 def draw_network(ax: plt.Axes, network: nn.Module, activation: str, frames: np.ndarray) -> None:
     """One network from the frames to its heads, left to right."""
     found = blocks(network)
-    trunk = [block for name, block in found.items() if name.startswith("trunk.")]
-    factors = [block for name, block in found.items() if name.startswith("representation.layers.")]
-    z = found["representation"]
+    trunk = [block for name, block in found.items() if name.startswith(("conv", "flat"))]
+    factors = [block for name, block in found.items() if name.startswith("z_")]
+    z = found["z"]
     heads = [found[name] for name in HEADS if name in found]
     color = study.style(activation).color
 
@@ -188,8 +171,7 @@ def draw_network(ax: plt.Axes, network: nn.Module, activation: str, frames: np.n
         joint = x + 1.5
         for block, y in zip(factors, ys, strict=True):
             draw_arrow(ax, (end, 0), (x, y), block)
-            name = block.name.removeprefix("representation.layers.")
-            tex = {"z_enc": "$z^{enc}$", "z_star": "$z^{*}$", "z_star2": "$z^{**}$"}[name]
+            tex = {"z_enc": "$z^{enc}$", "z_star": "$z^{*}$", "z_star2": "$z^{**}$"}[block.name]
             right = draw_vector(ax, x, y, block, tex, color + "66", above=y > 0)
             draw_arrow(ax, (right, y), (joint - 0.2, 0.17 * np.sign(y)))
         ax.add_patch(Circle((joint, 0), 0.24, facecolor="white", edgecolor="#333333", lw=1, zorder=3))
@@ -210,11 +192,11 @@ def draw_network(ax: plt.Axes, network: nn.Module, activation: str, frames: np.n
     ax.axis("off")
 
 
-def draw(network_class: type[nn.Module], frames: np.ndarray, actions: int) -> plt.Figure:
+def draw(network_class: type[nn.Module], frames: np.ndarray, num_actions: int) -> plt.Figure:
     """One figure: the network without a LaN above, with one below."""
     figure, axes = plt.subplots(2, 1, figsize=(12, 7), height_ratios=(2.0, 3.1))
     for ax, activation in zip(axes, ACTIVATIONS, strict=True):
-        draw_network(ax, network_class(actions, activation), activation, frames)
+        draw_network(ax, network_class(num_actions, activation), activation, frames)
     game = GAME.removesuffix("NoFrameskip-v4")
     source = f"{network_class.__name__} of {network_class.__module__}.py"
     figure.supxlabel(f"{source} on {game}. The last number at an arrow counts its parameters.", fontsize=8.5)
@@ -223,9 +205,9 @@ def draw(network_class: type[nn.Module], frames: np.ndarray, actions: int) -> pl
 
 def main(out_dir: Path) -> None:
     frames = game_frames()
-    actions = 6  # of Space Invaders
-    save(draw(dqn.QNetwork, frames, actions), out_dir, "architecture_dqn")
-    save(draw(ppo.ActorCritic, frames, actions), out_dir, "architecture_ppo")
+    num_actions = 6  # of Space Invaders
+    save(draw(dqn.QNetwork, frames, num_actions), out_dir, "architecture_dqn")
+    save(draw(ppo.ActorCritic, frames, num_actions), out_dir, "architecture_ppo")
 
 
 if __name__ == "__main__":

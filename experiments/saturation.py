@@ -19,7 +19,7 @@ from drawing import launch, plt, save, write_text
 from torch import Tensor, nn
 
 import metrics
-from dqn_atari_lan import Representation
+from dqn_atari_lan import REPRESENTATIONS, Hidden
 from lan_utils import study
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
@@ -138,12 +138,14 @@ def gradient_norms(activation: str, bias: float, observations: int = 512, featur
     torch.manual_seed(0)
     below = nn.Linear(features, features)
     nn.init.orthogonal_(below.weight)  # so that x has the observations' scale
-    representation = Representation(features, activation)
-    for name, layer in representation.layers.items():
+    recipe = REPRESENTATIONS[activation]
+    hidden = Hidden(recipe, lambda: nn.Linear(features, recipe.width))
+    layers = {f"z_{name}": factor[0] for name, factor in hidden.factors.items()}
+    for name, layer in layers.items():
         nn.init.constant_(layer.bias, bias if name == "z_enc" else 0.0)
-    z = representation(below(torch.randn(observations, features)))
+    z = hidden(below(torch.randn(observations, features)))
     z.backward(torch.randn(z.shape))
-    weights = {"below": below.weight, **{name: layer.weight for name, layer in representation.layers.items()}}
+    weights = {"below": below.weight, **{name: layer.weight for name, layer in layers.items()}}
     return {name: weight.grad.norm().item() for name, weight in weights.items()}
 
 

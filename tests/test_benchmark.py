@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, run_script
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmark"))
 import benchmark
 
 BENCHMARK = "benchmark/benchmark.py"
@@ -159,7 +159,7 @@ def test_a_small_measurement_of_both_sides(monkeypatch, algorithm):
 @pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
 def test_a_small_breakdown(algorithm):
     """Would catch: a function that the breakdown times and the scripts do not call any more."""
-    code = f"import sys; sys.path.insert(0, 'scripts'); import benchmark as b; b.WARM_UP = {{'{algorithm}': 1000}}; "
+    code = f"import sys; sys.path.insert(0, 'benchmark'); import benchmark as b; b.WARM_UP = {{'{algorithm}': 1000}}; "
     code += f"b.TIMED = {{'{algorithm}': 1100}}; "
     code += f"b.breakdown('{algorithm}', 'BreakoutNoFrameskip-v4', 1, ['--metrics-samples', '512'])"
     done = run_script("-c", code)

@@ -20,11 +20,11 @@ def test_a_layer_at_its_biases_is_told_from_a_saturated_one(tmp_path):
         folder = tmp_path / "runs" / f"Pong__dqn__{activation}__1"
         folder.mkdir(parents=True)
         network = QNetwork(6, activation)
-        for layer in network.representation.layers.values():
-            layer.bias.data = bias
+        for factor in network.encoder.z.factors.values():
+            factor[0].bias.data = bias
         torch.save(network.state_dict(), folder / "model.pt")
         np.savez(folder / "activations.npz", **layers)
-    command = [sys.executable, ROOT / "results" / "study" / "collapse.py"]
+    command = [sys.executable, ROOT / "experiments" / "collapse.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1:] == [
         "Pong__dqn__tanh-lan__1, z_enc: 0.762, 0.00%, 100%, 0.00000",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import diagrams
 
 import dqn_atari_lan as dqn
@@ -35,9 +35,9 @@ def test_shapes_and_counts_by_hand():
         ((64, 9, 9), 64 * (32 * 4 * 4 + 1)),
         ((64, 7, 7), 64 * (64 * 3 * 3 + 1)),
         ((3136,), 0),
+        ((512,), 512 * (3136 + 1)),
+        ((512,), 512 * (3136 + 1)),
         ((512,), 2 * 512 * (3136 + 1)),
-        ((512,), 512 * (3136 + 1)),
-        ((512,), 512 * (3136 + 1)),
         ((6,), 6 * (512 + 1)),
     ]
 
@@ -51,12 +51,11 @@ def test_labels_follow_the_modules(network_class, activation):
     """Would catch: a number typed into the drawing, a sum drawn as a product, an activation that cannot be drawn."""
     network = network_class(7, activation)
     texts = labels(network, activation)
-    factors = list(network.representation.layers)
+    factors = list(network.encoder.z.factors)
     width = "1024" if activation == "wide-1024" else "512"
     assert f"$z$\n{width}" in texts
-    assert sum(text.startswith("linear\n") and text.endswith(f"{int(width) * 3137:,}") for text in texts) == len(
-        factors
-    )
+    count = f"{int(width) * 3137 + 1024 * (activation == 'layernorm'):,}"  # with the norm's own
+    assert sum(text.startswith("linear\n") and text.endswith(count) for text in texts) == len(factors)
     assert any(text.endswith("\n7") for text in texts)
     assert (TIMES in texts) == (len(factors) > 1 and activation != "tanh-addlan")
     assert ("+" in texts) == (activation == "tanh-addlan")
@@ -69,8 +68,8 @@ def test_labels_follow_the_modules(network_class, activation):
 def test_labels_follow_a_changed_network():
     """Would catch: shapes copied from the paper."""
     network = dqn.QNetwork(4, "tanh")
-    network.trunk[0] = torch.nn.Conv2d(4, 24, 8, stride=4)
-    network.trunk[2] = torch.nn.Conv2d(24, 64, 4, stride=2)
+    network.encoder.conv1.factors["enc"][0] = torch.nn.Conv2d(4, 24, 8, stride=4)
+    network.encoder.conv2.factors["enc"][0] = torch.nn.Conv2d(24, 64, 4, stride=2)
     texts = labels(network, "tanh")
     assert f"24 {TIMES} 20 {TIMES} 20" in texts
     assert f"32 {TIMES} 20 {TIMES} 20" not in texts

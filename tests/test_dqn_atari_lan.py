@@ -52,9 +52,9 @@ def test_defaults_are_table_3(monkeypatch, capsys):
 
 def test_the_study_knows_every_activation_and_its_width():
     """Would catch: an activation that is trained and never drawn, or a rank divided by another layer's width."""
-    widths = {name: layer.width for name, layer in dqn.REPRESENTATIONS.items()}
+    widths = {name: recipe.width for name, recipe in dqn.REPRESENTATIONS.items()}
     assert widths == {name: style.width for name, style in study.ACTIVATIONS.items()}
-    assert all(dqn.QNetwork(4, name).representation.width == width for name, width in widths.items())
+    assert all(dqn.QNetwork(4, name).encoder.width == width for name, width in widths.items())
 
 
 # --------------------------------------------------------------------------------------- representation
@@ -64,11 +64,11 @@ def numpy_layer(layer, x):
     return x @ layer.weight.detach().numpy().astype(float).T + layer.bias.detach().numpy()
 
 
-def numpy_representation(activation, r, x):
-    """Each activation's formula, as in the README's table; r.layers gives the weights."""
+def numpy_representation(activation, hidden, x):
+    """Each activation's formula, as in the README's table; `hidden` gives the weights."""
     sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
     relu = lambda a: np.maximum(a, 0)  # noqa: E731
-    a = [numpy_layer(layer, x) for layer in r.layers.values()]
+    a = [numpy_layer(factor[0], x) for factor in hidden.factors.values()]
     match activation:
         case "relu":
             return relu(a[0])
@@ -97,14 +97,15 @@ def numpy_representation(activation, r, x):
 def test_representation_is_its_formula_and_every_factor_learns(activation):
     """Would catch: a factor used twice, a sum for a product, norm after tanh, a factor cut off from the gradient."""
     torch.manual_seed(1)
-    r = dqn.Representation(40, activation)
+    recipe = dqn.REPRESENTATIONS[activation]
+    hidden = dqn.Hidden(recipe, lambda: torch.nn.Linear(40, recipe.width))
     x = torch.randn(7, 40)
-    z = r(x)
-    np.testing.assert_allclose(z.detach().numpy(), numpy_representation(activation, r, x.numpy()), atol=1e-5)
+    z = hidden(x)
+    np.testing.assert_allclose(z.detach().numpy(), numpy_representation(activation, hidden, x.numpy()), atol=1e-5)
     assert z.shape == (7, 1024 if activation == "wide-1024" else 512)
     z.square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in r.parameters())
-    weights = [layer.weight for layer in r.layers.values()]
+    assert all(p.grad.abs().sum() > 0 for p in hidden.parameters())
+    weights = [factor[0].weight for factor in hidden.factors.values()]
     assert not any(torch.equal(weights[0], other) for other in weights[1:])
 
 
@@ -123,20 +124,20 @@ def test_the_network_divides_by_255_and_its_convolutions_keep_relu():
     network = dqn.QNetwork(4, "sigmoid")
     observations = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
     x = observations.double() / 255
-    for convolution, stride in ((network.trunk[0], 4), (network.trunk[2], 2), (network.trunk[4], 1)):
+    for convolution, stride in zip(convolutions, (4, 2, 1), strict=True):
         x = torch.nn.functional.conv2d(x, convolution.weight.double(), convolution.bias.double(), stride).clamp(min=0)
-    q = network.q(network.representation(x.flatten(1).float()))
+    q = network.q(network.encoder.z(x.flatten(1).float()))
     torch.testing.assert_close(network(observations), q, atol=1e-5, rtol=1e-4)
 
 
-def test_activations_gives_z_and_the_factors_whose_product_it_is():
+def test_what_is_measured_is_z_and_the_factors_whose_product_it_is():
     network = dqn.QNetwork(4, "tanh-2xlan")
     observations = torch.randint(0, 256, (300, 4, 84, 84), dtype=torch.uint8)  # more than one chunk
-    sample = metrics.activations(network, observations)
+    sample = run.record_representation(network, observations)
     assert list(sample) == ["z", "z_enc", "z_star", "z_star2"]
     torch.testing.assert_close(sample["z"], sample["z_enc"] * sample["z_star"] * sample["z_star2"])
     torch.testing.assert_close(network.q(sample["z"]), network(observations), atol=1e-5, rtol=1e-4)
-    assert list(metrics.activations(dqn.QNetwork(4, "relu"), observations[:2])) == ["z"]
+    assert list(run.record_representation(dqn.QNetwork(4, "relu"), observations[:2])) == ["z"]
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -237,8 +238,8 @@ def scaled_network(amp):
     torch.manual_seed(0)
     network = dqn.QNetwork(4, "tanh-lan", amp)
     with torch.no_grad():
-        for layer in network.representation.layers.values():
-            layer.weight *= 40
+        for factor in network.encoder.z.factors.values():
+            factor[0].weight *= 40
         network.q.weight *= 5
         network.q.bias.fill_(10.0)
     return network
@@ -258,7 +259,8 @@ def test_amp_rounds_neither_q_values_nor_td_errors():
     # The best that a float32 head can do: z in bfloat16, nothing after it.
     with torch.autocast("cpu", torch.bfloat16):
         x = (observations[:, :4] / 255).contiguous(memory_format=torch.channels_last)
-        z = network.representation(network.trunk(x))
+        encoder = network.encoder
+        z = encoder.z(encoder.conv3(encoder.conv2(encoder.conv1(x))).flatten(1))
     assert torch.equal(rounded_q, network.q(z.float()))
     actions, terminated = torch.arange(512) % 4, torch.zeros(512)
     batch = Batch(observations, actions, torch.zeros(512), terminated)

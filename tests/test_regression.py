@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, run_script
 from torch import nn
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import regression
 
 

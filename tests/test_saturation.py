@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import saturation
 
 import metrics
-from dqn_atari_lan import Representation
+from dqn_atari_lan import REPRESENTATIONS, Hidden
 
 CASES = list(itertools.product(saturation.ACTIVATIONS, saturation.FACTORS))
 
@@ -109,12 +109,13 @@ def test_gradients_are_section_3s_formulas(activation, bias):
     torch.manual_seed(0)
     below = torch.nn.Linear(8, 8)
     torch.nn.init.orthogonal_(below.weight)
-    representation = Representation(8, f"{activation}-lan")
-    representation.layers["z_enc"].bias.data.fill_(bias)
-    representation.layers["z_star"].bias.data.zero_()
+    hidden = Hidden(REPRESENTATIONS[f"{activation}-lan"], lambda: torch.nn.Linear(8, 512))
+    enc, star = (factor[0] for factor in hidden.factors.values())
+    enc.bias.data.fill_(bias)
+    star.bias.data.zero_()
     x = torch.randn(40, 8)
     upstream = torch.randn(40, 512)
-    layers = [(layer.weight, layer.bias) for layer in (below, *representation.layers.values())]
+    layers = [(layer.weight, layer.bias) for layer in (below, enc, star)]
     below, *factors = [tuple(p.detach().double().numpy() for p in pair) for pair in layers]
     expected = by_hand(activation, factors, x.double().numpy(), below, upstream.double().numpy())
     for name, gradient in expected.items():
