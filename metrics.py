@@ -7,8 +7,8 @@ torch and nothing else: copy it into any project.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -287,65 +287,142 @@ def representation_metrics(
     return metrics
 
 
-@torch.no_grad()
+# ------------------------------------------------------------------------------------- layers of a network
+
+
 def record(
     network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """The outputs of some modules while `network(observations)` runs, as when it acts: evaluation mode, no gradients.
+    """The outputs of some modules while `network(observations)` runs: in evaluation mode, without gradients.
 
     Args:
-        network: any module; its training mode is as before afterwards, and no hook is left behind.
-        modules: by the name under which the output is returned: a module of the network, or its dotted name.
+        network: any module. Its training mode is as before afterwards, and no hook is left behind.
+        modules: by the name under which its output is returned: a module of the network, or its dotted name.
         observations: what the network takes, passed on as it is.
         chunk: of a tensor of observations, so many at a time, which takes less memory.
 
     Returns:
-        {name: output} in float32, on the network's device, all observations along the first axis.
+        {name: output} in float32, on the network's device, observations along the first axis.
 
     Raises:
-        ValueError: a module that the network does not have, that it does not call, or calls more than once; an output
-            that is no tensor.
+        ValueError: a module that the network does not have, does not call, or calls more than once; an output that is
+            no tensor. A recurrent layer's output is its sequence.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in modules}
     for outputs in _outputs(network, modules, observations, chunk):
         for name, output in outputs.items():
-            found[name].append(output.float())
-    return {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in found.items()}
+            pieces[name].append(output)
+    return {name: torch.cat(found) for name, found in pieces.items()}
 
 
+def layer_metrics(
+    network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None = None
+) -> dict[str, dict[str, float]]:
+    """What the units of some layers do on these observations, and their gradients as they lie in the parameters.
+
+    A unit is a neuron, or a channel of a convolution at all its positions; of a sequence (n, time, units), a neuron at
+    all its times. Beyond the paper, which looks at z alone.
+
+    Args: as `record`. Name modules that end with their activation, and hold the weights, to have both counted.
+
+    Returns:
+        {name: values}, each a fraction of the units unless said otherwise:
+        constant: standard deviation over the observations below 1e-3, at every position.
+        zero: exactly 0 on every observation, at every position.
+        dormant: mean |h| at most 0.025 of the layer's mean (Sokar et al. 2023), over a channel's positions too.
+        saturated: fraction of the values within 0.01 of a bound of tanh or sigmoid, where the module ends with one.
+        weight_norm, grad_norm: L2, of the weights of all linear and convolutional layers in the module and of their
+            gradients in the latest update; only where there are any.
+        no_gradient: units whose incoming weights' gradient has an L2 norm of at most 0.025 of the layer's mean. (GraMa,
+            Liu et al. 2025, takes the gradient with respect to the activation.)
+
+    Raises:
+        ValueError: as `record`; an output that is no matrix, no feature map (2-d or 3-d) and no sequence.
+    """
+    return record_and_measure(network, modules, observations, chunk, keep=())[1]
+
+
+def record_and_measure(
+    network: nn.Module,
+    modules: Mapping[str, nn.Module | str],
+    observations: Any,
+    chunk: int | None = None,
+    keep: Collection[str] = (),
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """`record` of the modules named in `keep` and `layer_metrics` of all, in one pass: feature maps are never kept."""
+    found = _find(network, modules)
+    kept: dict[str, list[Tensor]] = {name: [] for name in found if name in keep}
+    units = {name: _Units(name, module) for name, module in found.items()}
+    for outputs in _outputs(network, modules, observations, chunk):
+        for name, output in outputs.items():
+            units[name].add(output)
+            if name in kept:
+                kept[name].append(output)
+    measured = {name: units[name].metrics() | gradient_metrics(module) for name, module in found.items()}
+    return {name: torch.cat(pieces) for name, pieces in kept.items()}, measured
+
+
+def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
+    """weight_norm, grad_norm and no_gradient of `layer_metrics`; {} without weights, the first alone without gradients.
+
+    Where a unit has incoming weights in several parallel layers, all of them count.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, kinds)]
+    if not weights:
+        return {}
+    values = {"weight_norm": _norm(weights)}
+    gradients = [weight.grad for weight in weights]
+    if any(gradient is None for gradient in gradients):
+        return values
+    values["grad_norm"] = _norm(gradients)
+    if len({len(gradient) for gradient in gradients}) == 1:  # layers one after the other have other units
+        squares = [gradient.flatten(1).float().square().sum(dim=1) for gradient in gradients]
+        of_units = torch.stack(squares).sum(dim=0).sqrt()
+        values["no_gradient"] = float((of_units <= tau * of_units.mean()).float().mean())
+    return values
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm())
+
+
+def _find(network: nn.Module, modules: Mapping[str, nn.Module | str]) -> dict[str, nn.Module]:
+    own = dict(network.named_modules())
+    found = {name: own.get(module) if isinstance(module, str) else module for name, module in modules.items()}
+    for name, module in found.items():
+        if not any(module is each for each in own.values()):
+            raise ValueError(f"{name}: {modules[name]!r} is no module of the network; it has {', '.join(own)}")
+    return found
+
+
+@torch.no_grad()
 def _outputs(
     network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None
 ) -> Iterator[dict[str, Tensor]]:
     """What `record` says, a chunk at a time."""
-    own = dict(network.named_modules())
-    chosen = {name: own.get(module) if isinstance(module, str) else module for name, module in modules.items()}
-    for name, module in chosen.items():
-        if not any(module is each for each in own.values()):
-            raise ValueError(
-                f"{name}: {modules[name]!r} is no module of the network; it has {', '.join(filter(None, own))}"
-            )
+    found = _find(network, modules)
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
+        if isinstance(output, tuple) and output and isinstance(found[name], nn.RNNBase):
+            output = output[0]  # its sequence; then come its last states
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{name} returns {type(output).__name__}, not a tensor: name the module that makes it")
         if name in outputs:
             raise ValueError(f"{name} was called more than once in one pass: name a module that is called once")
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"{name} returns {type(output).__name__}, not a tensor: name the module that makes the tensor"
-            )
-        outputs[name] = output.detach()
+        outputs[name] = output.detach().float()
 
     modes = {module: module.training for module in network.modules()}
     hooks = []
     try:
-        for name, module in chosen.items():
-            hook = lambda module, inputs, output, name=name: keep(name, output)  # noqa: E731
-            hooks.append(module.register_forward_hook(hook))
+        for name, module in found.items():
+            hooks.append(module.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output)))
         network.eval()
         for piece in observations.split(chunk) if chunk else (observations,):
             outputs.clear()
             network(piece)
-            for name in chosen:
+            for name in found:
                 if name not in outputs:
                     raise ValueError(f"{name} was not called by network(observations)")
             yield dict(outputs)
@@ -354,6 +431,64 @@ def _outputs(
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+class _Units:
+    """What the units of a layer have done so far: a few numbers for each of their positions, (positions, units)."""
+
+    BOUNDS: ClassVar = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name = name
+        kinds = [type(each) for each in module.modules()]
+        self.has_units_last = any(issubclass(kind, (nn.Linear, nn.RNNBase)) for kind in kinds)
+        self.has_length = nn.Conv1d in kinds
+        # A product of two tanhs is no tanh.
+        self.bounds = self.BOUNDS.get(kinds[-1]) if sum(kind in self.BOUNDS for kind in kinds) == 1 else None
+        self.n, self.near_bounds = 0, 0.0
+
+    def add(self, output: Tensor) -> None:
+        """Add the outputs of a chunk, observations along the first axis."""
+        if output.ndim == 3 and self.has_units_last:
+            output = output.flatten(0, 1)  # a sequence: each of its steps counts as an observation
+        elif output.ndim == 3 and not self.has_length:
+            raise ValueError(
+                f"{self.name}: {tuple(output.shape)} may be (n, time, units) or (n, channels, length); name a module "
+                "that holds the layer too"
+            )
+        if not 2 <= output.ndim <= 5 or 0 in output.shape:
+            raise ValueError(f"{self.name}: an output of shape {tuple(output.shape)} has no units that can be counted")
+        n, units, total = len(output), output.shape[1], self.n + len(output)
+        values = output.movedim(1, -1).reshape(n, -1)  # no copy where memory has channels last; sums of rows are fast
+        # Chan et al. (1979): the means and sums of squares of two samples make those of both.
+        mean = values.mean(dim=0)
+        squares = (values - mean).square_().sum(dim=0)
+        size = values.abs().sum(dim=0)
+        if self.n:
+            difference = mean - self.mean
+            squares += self.squares + difference.square() * (self.n * n / total)
+            mean = self.mean + difference * (n / total)
+            size += self.size
+        self.n, self.units, self.mean, self.squares, self.size = total, units, mean, squares, size
+        if self.bounds:
+            low, high = self.bounds
+            self.near_bounds += float(((output <= low + 0.01) | (output >= high - 0.01)).float().sum())
+
+    def metrics(self) -> dict[str, float]:
+        """constant, zero, dormant and perhaps saturated of `layer_metrics`."""
+        if self.n < 2:
+            raise ValueError(f"{self.name}: a deviation needs at least 2 observations, got {self.n}")
+        deviation = (self.squares / (self.n - 1)).sqrt().view(-1, self.units)
+        size = self.size.view(-1, self.units) / self.n
+        mean_size = size.mean(dim=0)
+        values = {
+            "constant": float((deviation < 1e-3).all(dim=0).float().mean()),
+            "zero": float((size == 0).all(dim=0).float().mean()),
+            "dormant": float((mean_size <= 0.025 * mean_size.mean()).float().mean()),
+        }
+        if self.bounds:
+            values["saturated"] = self.near_bounds / (self.n * self.size.numel())
+        return values
 
 
 def _check(activations: Tensor) -> None:

@@ -23,7 +23,7 @@ from lan_utils.checkpoint import LoopState
 from lan_utils.checks import require
 from lan_utils.cli import leave, one_line_errors
 from lan_utils.replay import ReplayMemory
-from lan_utils.run import Run, measure_representation, record_representation, set_up
+from lan_utils.run import Run, measure_network, measure_representation, set_up
 from lan_utils.study import GAMES
 
 
@@ -95,7 +95,7 @@ def fill_and_checkpoint(steps: int) -> None:
             optimizer.zero_grad()
             dqn.td_loss(network, network, batch, 0.99, True)[0].backward()
             optimizer.step()
-        measure_representation(record_representation(network, memory.observations(2048, seed=1)), 20.0, seed=(1, 0))
+        measure_representation(measure_network(network, memory.observations(2048, seed=1))[0], 20.0, seed=(1, 0))
         run = Run("dqn", args, device, rng)
         play_state = LoopState(step=0)
         run.resume(q_network=network, target=network, optimizer=optimizer, memory=memory, play=play_state)

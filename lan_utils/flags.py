@@ -29,6 +29,8 @@ class RunArgs:
     """film the evaluation as mp4 into the run folder"""
     checkpoint_frequency: Annotated[int, Ge(0)] = 50_000
     """agent steps between two checkpoints; 0: only on a signal and at the end"""
+    keep_weights: Annotated[int, Ge(0)] = 0
+    """agent steps between two copies of the weights that stay, weights_<step>.pt; 0: none"""
     overwrite: bool = False
     """delete what the run folder holds of an earlier run and start anew"""
     track: bool = False

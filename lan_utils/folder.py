@@ -29,7 +29,10 @@ from lan_utils.study import NEUTRAL_FLAGS, ROOT, run_name
 
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3", "opencv-python-headless", "tensorboard")
 # What a run makes in its folder beside .lock, config.json and checkpoints/: --overwrite deletes nothing else.
-MADE = ("model.pt", "activations.npz", "status.json", "events.out.tfevents.*", "game_[0-9]*.mp4", "wandb")
+MADE = (
+    *("model.pt", "activations.npz", "status.json"),
+    *("events.out.tfevents.*", "weights_[0-9]*.pt", "game_[0-9]*.mp4", "wandb"),
+)
 
 
 class HasFinished(Exception):

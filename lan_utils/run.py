@@ -162,6 +162,7 @@ class Run:
         self.step = 0
         self.returns: deque[float] = deque(maxlen=100)
         self.state = ""  # what status.json says
+        self.layers: dict[str, dict[str, float]] = {}  # of the newest measurement
         self.signum = 0  # the signal that asked the run to stop
         self._signalled_at = 0.0
         self._saved: int | None = None  # agent step of the newest checkpoint
@@ -223,6 +224,10 @@ class Run:
                 returns = [float(score) for score in state["returns"]]
                 events = {str(name): (int(size), str(digest)) for name, (size, digest) in state["events"].items()}
                 checkpoint.restore(self.things, state["things"])
+                network = next(iter(self.things.values()))
+                for name, gradient in state["gradients"].items():
+                    weight = network.get_parameter(name)
+                    weight.grad = torch.empty_like(weight).copy_(gradient)
                 checkpoint.restore_random_states(state["random"], self.rng, self.device)
             except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
                 what = str(error).split("\n", 1)[0][:160]
@@ -347,22 +352,35 @@ class Run:
         if observations is None:
             return {}, {}
         self._require_finite(network, step)
-        sample = record_representation(network, observations.to(self.device))
+        sample, layers = measure_network(network, observations.to(self.device))
         values, peaks = measure_representation(sample, self.args.dead_threshold, seed)
+        self.layers = layers
         if writer:
             self.folder.require_ours()
             for name, value in values.items():
                 writer.add_scalar(f"representation/{name}", value, step)
+            for layer, of_layer in layers.items():
+                for name, value in of_layer.items():
+                    writer.add_scalar(f"layers/{layer}/{name}", value, step)
             log_peaks = peaks.log10().clamp(-2, 4).cpu()
             writer.add_histogram("representation/kde_peak", log_peaks, step, bins=np.linspace(-2, 4, 61))
         return sample, values
 
     def save(self, step: int) -> None:
-        """Write a checkpoint when it is due, and stop where a signal asked for it."""
+        """Write a checkpoint and keep the weights when they are due; stop where a signal asked for it."""
+        if self._due(self.args.keep_weights, step):
+            self._write_weights(f"weights_{step}.pt")
         if self.signum or self._due(self.args.checkpoint_frequency, step):
             self._save(step)
             if self.signum:
                 self._stop()
+
+    def _write_weights(self, name: str) -> None:
+        self.folder.require_ours()
+        network = next(iter(self.things.values()))
+        buffer = io.BytesIO()  # torch.save would hide a full disk's error behind its own
+        torch.save({name: weight.cpu() for name, weight in network.state_dict().items()}, buffer)
+        replace(self.folder.path / name, lambda file: file.write(buffer.getbuffer()))
 
     def _save(self, step: int) -> None:
         if not all(thing.state_dict for thing in self.things.values()):
@@ -370,6 +388,7 @@ class Run:
         self.folder.require_ours()
         self.writer.flush()
         things = {name: thing.state_dict() for name, thing in self.things.items()}
+        network = next(iter(self.things.values()))
         if not checkpoint.all_finite(things):
             self._diverged(step, "the state holds NaN or infinity, no checkpoint of it was written")
         state = {
@@ -379,6 +398,8 @@ class Run:
             "random": checkpoint.random_states(self.rng, self.device),
             "events": self.folder.sync_events(),
             "things": things,
+            # Of the latest update: a measurement may come before the next one.
+            "gradients": {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None},
         }
         self.checkpoints.save(step, state)
         self.step = self._saved = step
@@ -461,9 +482,7 @@ class Run:
                 self.folder.path / "activations.npz",
                 lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),
             )
-        buffer = io.BytesIO()  # torch.save would hide a full disk's error behind its own
-        torch.save({name: weight.cpu() for name, weight in network.state_dict().items()}, buffer)
-        replace(self.folder.path / "model.pt", lambda file: file.write(buffer.getbuffer()))
+        self._write_weights("model.pt")
         self._stops_at_once = False  # it has finished: nothing is left to stop
         self._write_status("finished")
         self.checkpoints.delete(keep=set())
@@ -479,6 +498,9 @@ class Run:
         if representation:
             print_line(f"  neurons dead    {representation['dead_neurons']:.1%} by the paper's count (KDE)")
             print_line(f"  constant        {representation['std_dead_neurons']:.1%} (standard deviation below 0.001)")
+            layer = max(self.layers, key=lambda name: self.layers[name]["constant"])  # of equals the lowest
+            if self.layers[layer]["constant"] > self.layers["z"]["constant"]:
+                print_line(f"  below z         {self.layers[layer]['constant']:.1%} of {layer} are constant")
             print_line(f"  effective rank  {representation['effective_rank']:.0f}")
         else:
             print_line("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
@@ -489,10 +511,10 @@ class Run:
 # ------------------------------------------------------------------------------------------- measurements
 
 
-def record_representation(network: nn.Module, observations: Tensor) -> dict[str, Tensor]:
-    """z and, where it is made of several, its factors: {name: (n, width)}, of the network's `measured` layers."""
-    names = [name for name in network.measured if name == "z" or name.startswith("z_")]
-    return metrics.record(network, {name: network.measured[name] for name in names}, observations, chunk=CHUNK)
+def measure_network(network: nn.Module, observations: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """z with its factors, {name: (n, width)}, and `metrics.layer_metrics` of all that the network calls `measured`."""
+    representation = [name for name in network.measured if name == "z" or name.startswith("z_")]
+    return metrics.record_and_measure(network, network.measured, observations, CHUNK, keep=representation)
 
 
 def measure_representation(
@@ -501,7 +523,7 @@ def measure_representation(
     """What is logged of the representation.
 
     Args:
-        sample: what `record_representation` gives.
+        sample: z and its factors, as `measure_network` gives them.
         threshold: omega of `metrics.dead_neurons`.
         seed: (run's seed, agent step): all that the jitter depends on.
 

@@ -97,7 +97,7 @@ def run_name(args: Any) -> str:
 
 # Flags that leave every weight and every logged point of the training as it is: they never block a resume.
 NEUTRAL_FLAGS = {
-    *("num_threads", "cuda", "checkpoint_frequency", "runs_dir", "overwrite", "async_envs"),
+    *("num_threads", "cuda", "checkpoint_frequency", "keep_weights", "runs_dir", "overwrite", "async_envs"),
     *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
 }
 # Flags that tell the runs of a study apart.

@@ -11,7 +11,6 @@ import torch
 from conftest import make_quadrants, read_events, without_run
 
 import dqn_atari_lan as dqn
-import metrics
 from lan_utils import cli, run, study
 from lan_utils.cli import RunFailed
 from lan_utils.replay import Batch
