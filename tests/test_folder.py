@@ -309,13 +309,13 @@ def test_nothing_is_written_once_the_folder_is_anothers(monkeypatch, tmp_path):
         destroy(path)
         before = contents(tmp_path)
         for write in (
-            lambda: run.log_games(10, {"episode": {"r": 1.0, "l": 10}}),
-            lambda: run.log(1000, run.things["network"], []),
-            lambda: run._save(1000),
-            lambda: run._write_status("running"),
+            lambda run: run.log_games(10, {"episode": {"r": 1.0, "l": 10}}),
+            lambda run: run.log(1000, run.things["network"], []),
+            lambda run: run._save(1000),
+            lambda run: run._write_status("running"),
         ):
             with pytest.raises(RunFailed, match="was deleted or replaced while this run trained in it: nothing more"):
-                write()
+                write(run)
         run._leave(None, None, None)
         assert contents(tmp_path) == before
     run = begin(tmp_path)

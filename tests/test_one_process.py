@@ -29,7 +29,11 @@ def module_named(script):
     return importlib.import_module(script.removesuffix(".py"))
 
 
+SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # the latter by importing torch's compiler
+
+
 def state_of_the_process():
+    children = psutil.Process().children(recursive=True)
     return {
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "wakeup": signal.set_wakeup_fd(-1) if threading.current_thread() is threading.main_thread() else None,
@@ -41,8 +45,9 @@ def state_of_the_process():
         "fills": torch.utils.deterministic.fill_uninitialized_memory,
         "benchmark": torch.backends.cudnn.benchmark,
         "precision": (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision),
-        "environment": dict(os.environ),
-        "children": {child.pid for child in psutil.Process().children(recursive=True)},
+        "environment": {name: value for name, value in os.environ.items() if name not in SET_BY_OTHERS},
+        # Python's own, which it starts once, is no worker.
+        "children": {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())},
         "running threads": {thread.name for thread in threading.enumerate() if not thread.daemon},
     }
 
@@ -99,6 +104,7 @@ class Fails(Quadrants):
         return super().reset(seed=seed)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium tells of it before it raises it
 @pytest.mark.parametrize(("script", "async_envs"), KINDS)
 def test_an_error_leaves_nothing_and_the_folder_can_be_trained_again(
     monkeypatch, runs_dir, unchanged, script, async_envs
@@ -170,7 +176,7 @@ def train_in_a_pool(script, async_envs, runs_dir, seed):
     before = state_of_the_process()
     module.main(small_args(module, runs_dir, seed=seed, async_envs=async_envs, metrics_frequency=0))
     after = state_of_the_process()
-    return [name for name in before if before[name] != after[name]]
+    return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 
 
 @pytest.mark.parametrize(("script", "async_envs"), KINDS)
