@@ -4,6 +4,8 @@ import functools
 import importlib
 import os
 import signal
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from ale_py import AtariVectorEnv
-from conftest import SCRIPTS, make_quadrants, run_script
+from conftest import ROOT, SCRIPTS, make_quadrants
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 
 import dqn_atari_lan as dqn
@@ -237,7 +239,9 @@ games.close()
 def test_what_a_game_prints_in_a_worker_is_seen(tmp_path):
     """Into files, as under a launcher. Would catch: stderr that goes nowhere, a line that dies with its worker."""
     (tmp_path / "loud.py").write_text(LOUD)
-    done = run_script(tmp_path / "loud.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run([sys.executable, tmp_path / "loud.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "printed in a step\n" * 2
     assert done.stderr == "complained in a step\n" * 2

@@ -172,6 +172,7 @@ def test_in_another_thread_than_the_main_one(monkeypatch, runs_dir, unchanged, s
 
 def train_in_a_pool(script, async_envs, runs_dir, seed):
     """Real games; what had changed in the pool's process, by name."""
+    multiprocessing.set_start_method(None, force=True)  # python's default again, as in a user's pool
     module = module_named(script)
     before = state_of_the_process()
     module.main(small_args(module, runs_dir, seed=seed, async_envs=async_envs, metrics_frequency=0))
