@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +15,7 @@ import forked
 import psutil
 import pytest
 import torch
-from conftest import SCRIPTS, Quadrants, make_quadrants, small_args, stacked
+from conftest import ROOT, SCRIPTS, Quadrants, make_quadrants, small_args, stacked
 
 from lan_utils.cli import Stopped
 from lan_utils.run import Run
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 # Every script, and with its games in processes of their own where it can.
 KINDS = [(script, False) for script in SCRIPTS]
-KINDS += [(script, True) for script in SCRIPTS if "AsyncVectorEnv" in script or "ppo" in script]
+KINDS += [(script, True) for script in SCRIPTS if "async_envs: bool" in (ROOT / script).read_text()]
 
 
 def module_named(script):
@@ -67,6 +69,12 @@ def unchanged(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+def assert_free(folder):
+    """Its lock, for another process: this one could take its own twice."""
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", take, folder / ".lock"], check=True)
+
+
 def status(folder):
     return json.loads((folder / "status.json").read_text())
 
@@ -86,6 +94,8 @@ def test_three_seeds_in_a_loop_of_which_one_has_finished_before(
     assert capsys.readouterr().out.count(f"{finished} has finished; --overwrite trains it anew\n") == 1
     assert {file: file.stat().st_mtime_ns for file in finished.iterdir() if file.name != ".lock"} == before
     folders = sorted(runs_dir.iterdir())
+    for folder in folders:
+        assert_free(folder)
     assert [folder.name[-1] for folder in folders] == ["1", "2", "3"]
     weights = [torch.load(folder / "model.pt") for folder in folders]
     first = next(iter(weights[0]))
@@ -117,6 +127,7 @@ def test_an_error_leaves_nothing_and_the_folder_can_be_trained_again(
         module.main(args)
     (folder,) = runs_dir.iterdir()
     assert status(folder)["state"] == "failed"
+    assert_free(folder)
     monkeypatch.setattr(module, "make_env", make_quadrants)
     module.main(args)
     assert status(folder)["state"] == "finished"
@@ -144,6 +155,7 @@ def test_a_signal_leaves_nothing_and_the_run_can_be_resumed(
     assert (stopped.value.signum, stopped.value.saved) == (signum, True)
     (folder,) = runs_dir.iterdir()
     assert status(folder)["state"] == "stopped"
+    assert_free(folder)
     assert 0 < status(folder)["checkpoint"] <= step_of_signal + 128
     module.main(args)
     assert "resumed at" in capsys.readouterr().out
