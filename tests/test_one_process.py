@@ -123,7 +123,7 @@ def test_an_error_leaves_nothing_and_the_folder_can_be_trained_again(
     module = module_named(script)
     monkeypatch.setattr(module, "make_env", lambda *arguments, **kwargs: stacked(Fails()))
     args = small_args(module, runs_dir, async_envs=async_envs)
-    with pytest.raises(ZeroDivisionError, match="the third game goes wrong"):
+    with pytest.raises(ZeroDivisionError, match="the third game goes wrong") as error:
         module.main(args)
     (folder,) = runs_dir.iterdir()
     assert status(folder)["state"] == "failed"
@@ -131,6 +131,7 @@ def test_an_error_leaves_nothing_and_the_folder_can_be_trained_again(
     monkeypatch.setattr(module, "make_env", make_quadrants)
     module.main(args)
     assert status(folder)["state"] == "finished"
+    assert error.traceback  # until here it has kept all that main had made, as a notebook's last error does
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

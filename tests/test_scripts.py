@@ -27,7 +27,7 @@ def sections(script):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize(("script", "other"), pairwise(SCRIPTS))
+@pytest.mark.parametrize(("script", "other"), [*pairwise(SCRIPTS)])
 def test_what_the_scripts_share_stands_in_each_word_for_word(script, other):
     """Would catch: the paper's idea, or how a game is seen, changed in one script alone."""
     ours, theirs = sections(script), sections(other)
@@ -41,7 +41,7 @@ def test_what_the_scripts_share_stands_in_each_word_for_word(script, other):
         assert ours[heading] == theirs[heading], heading
 
 
-@pytest.mark.parametrize(("script", "other"), pairwise(SCRIPTS))
+@pytest.mark.parametrize(("script", "other"), [*pairwise(SCRIPTS)])
 def test_what_has_one_name_in_two_scripts_is_one_thing(script, other):
     """Would catch: a schedule or a default that was changed in one script alone."""
     ours, theirs = (importlib.import_module(name.removesuffix(".py")) for name in (script, other))
