@@ -169,6 +169,8 @@ def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(AttributeError):  # a notebook's stdout
+            sys.stdout.reconfigure(line_buffering=True)  # closing kills: what a game prints is written at once
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return make_game()

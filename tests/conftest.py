@@ -1,19 +1,19 @@
 """What several test files share: a small image game, the shell, runs of the scripts, and what is trained but once."""
 
+import dataclasses
 import fcntl
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import forked
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics, ReshapeObservation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = forked.ROOT
@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
 
 from lan_utils import cli  # noqa: E402
 
-SCRIPTS = ("dqn_atari_lan.py", "ppo_atari_lan.py")
+SCRIPTS = tuple(sorted(file.name for file in ROOT.glob("*_atari_lan.py")))
 
 
 class Quadrants(gym.Env):
@@ -59,8 +59,14 @@ class Recorded(RecordEpisodeStatistics):
     snapshot = state_dict = None
 
 
-def make_quadrants(env_id, render_mode=None):
-    return Recorded(Quadrants())
+def stacked(game):
+    """A game as the scripts' `make_env` gives one: observations (4, 84, 84), newest frame last."""
+    return Recorded(ReshapeObservation(FrameStackObservation(game, 4), (4, 84, 84)))
+
+
+def make_quadrants(env_id, repeat_action_probability=0.0, render_mode=None):
+    """In the place of a script's `make_env`."""
+    return stacked(Quadrants())
 
 
 def run_script(*arguments):
@@ -92,17 +98,33 @@ def contents(folder):
     return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in files}
 
 
-def without_run(module, folder):
-    """What `grep -v 'run\\.'` leaves of a training script, as a module."""
-    lines = Path(module.__file__).read_text().splitlines(keepends=True)
+def without_run(script):
+    """What `grep -v 'run\\.'` leaves of a training script."""
+    lines = (ROOT / script).read_text().splitlines(keepends=True)
     kept = [line for line in lines if "run." not in line]
     assert len(lines) - len(kept) <= 8  # one of them the docstring's
-    file = folder / f"plain_{module.__name__}.py"
-    file.write_text("".join(kept))
+    return "".join(kept)
+
+
+def module_of(source, file):
+    """A changed script, written to `file`, as a module."""
+    file.write_text(source)
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
-    return plain
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_args(module, runs_dir, **changes):
+    """`Args` of any training script, for a run of 1,024 agent steps with two measurements."""
+    flags = {
+        "total_timesteps": 1024, "activation": "tanh-lan", "metrics_frequency": 512, "metrics_samples": 512,
+        "checkpoint_frequency": 0, "num_threads": 1, "runs_dir": str(runs_dir), "learning_starts": 500,
+        "buffer_size": 1024, "batch_size": 8, "train_frequency": 32, "num_envs": 4, "num_steps": 32,
+        "num_minibatches": 2, "update_epochs": 1, "async_envs": False,
+    } | changes  # fmt: skip
+    known = {field.name for field in dataclasses.fields(module.Args)}
+    return module.Args(**{name: value for name, value in flags.items() if name in known})
 
 
 def read_events(folder):

@@ -36,6 +36,15 @@ def _child(arguments, streams, environment, before):
         atexit._run_exitfuncs()  # a process of multiprocessing leaves without
 
 
+def serve():
+    """Start the server that forks, where there is none; the environment of what it forks."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Python 3.11 does not tell the server where to look for what it preloads, and hides that it found nothing.
+    with mock.patch.dict(os.environ, environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}):
+        forkserver.ensure_running()
+    return environment
+
+
 def start(arguments, output, errors=None, before=None):
     """`python <arguments>` in the project's folder, on one thread, so that two tests at once do not fight.
 
@@ -44,10 +53,7 @@ def start(arguments, output, errors=None, before=None):
         output, errors: files to which stdout and stderr are appended; one file by default.
         before: called in the process before the script.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # Python 3.11 does not tell the server where to look for what it preloads, and hides that it found nothing.
-    with mock.patch.dict(os.environ, environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}):
-        forkserver.ensure_running()
+    environment = serve()
     streams = [str(output), str(errors or output)]
     process = CONTEXT.Process(target=_child, args=([*map(str, arguments)], streams, environment, before))
     process.start()

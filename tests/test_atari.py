@@ -1,8 +1,12 @@
 """atari.py: whole games and their snapshots, vectors of them, films."""
 
 import functools
+import importlib
 import os
 import signal
+import subprocess
+import sys
+from collections import deque
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,8 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from ale_py import AtariVectorEnv
-from conftest import make_quadrants
-from gymnasium.wrappers import FrameStackObservation
+from conftest import ROOT, SCRIPTS, make_quadrants
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 
 import dqn_atari_lan as dqn
@@ -43,9 +46,10 @@ class Recorder(gym.Wrapper):
 
 
 @pytest.mark.parametrize("game", ["Breakout", "Seaquest"])
-def test_frames_are_atari_wrappers_and_scores_are_whole_unclipped_games(monkeypatch, game):
-    """Frame by frame against SB3's AtariWrapper; scores against raw rewards below it. Would catch: a clipped or a
-    life's return, a game lost at a lost life, a length in emulator frames."""
+def test_stacks_are_atari_wrappers_frames_and_scores_are_whole_unclipped_games(monkeypatch, game):
+    """Stack by stack against the frames of SB3's AtariWrapper, four copies after every reset, a lost life's too; scores
+    against raw rewards below it. Would catch: the newest frame first, a stack that reaches over a reset, a clipped or
+    a life's return, a game lost at a lost life, a length in emulator frames."""
     env_id = f"{game}NoFrameskip-v4"
     make = gym.make
     recorders = []
@@ -56,14 +60,16 @@ def test_frames_are_atari_wrappers_and_scores_are_whole_unclipped_games(monkeypa
 
     monkeypatch.setattr(gym, "make", recorded)
     env, oracle = dqn.make_env(env_id), AtariWrapper(make(env_id))
-    (frame, _), (expected, _) = env.reset(seed=5), oracle.reset(seed=5)
+    (stack, _), (frame, _) = env.reset(seed=5), oracle.reset(seed=5)
+    frames = deque([frame] * 4, maxlen=4)
     rng = np.random.default_rng(1)
     scores, lost_lives, length = [], 0, 0
     for _ in range(1500):
-        np.testing.assert_array_equal(frame, expected)
+        np.testing.assert_array_equal(stack, np.concatenate(frames, axis=2).transpose(2, 0, 1))
         action = int(rng.integers(env.action_space.n))
-        frame, reward, terminated, truncated, info = env.step(action)
-        expected, *others, _ = oracle.step(action)
+        stack, reward, terminated, truncated, info = env.step(action)
+        frame, *others, _ = oracle.step(action)
+        frames.append(frame)
         assert [reward, terminated, truncated] == others
         length += 1
         if "episode" in info:
@@ -72,7 +78,10 @@ def test_frames_are_atari_wrappers_and_scores_are_whole_unclipped_games(monkeypa
             length = 0
         if terminated or truncated:
             lost_lives += "episode" not in info
-            (frame, reset_info), (expected, _) = env.reset(), oracle.reset()
+            # As they ended, before the reset's four copies take their place.
+            np.testing.assert_array_equal(stack, np.concatenate(frames, axis=2).transpose(2, 0, 1))
+            (stack, reset_info), (frame, _) = env.reset(), oracle.reset()
+            frames.extend([frame] * 4)
             assert "episode" not in reset_info
     assert scores == recorders[0].finished
     assert len(scores) >= 2
@@ -97,28 +106,6 @@ def test_a_game_that_is_cut_off_inside_a_reset_is_told_by_the_reset(monkeypatch)
     assert sum(told.values()) == env.statistics.episode_count
     assert told["step"] > 20
     assert told["reset"] > 0
-
-
-def test_frames_are_stacked_from_every_reset_on():
-    """Four copies after every reset, a lost life's too; PPO's wrapper and DQN's functions agree."""
-    plain, stacking = dqn.make_env("BreakoutNoFrameskip-v4"), ppo.make_env("BreakoutNoFrameskip-v4")
-    frame, stacked = plain.reset(seed=1)[0], stacking.reset(seed=1)[0]
-    stack = dqn.first_stack(frame)
-    rng = np.random.default_rng(0)
-    ends = 0
-    for _ in range(300):
-        np.testing.assert_array_equal(stack, stacked[..., 0])
-        action = int(rng.integers(4))
-        frame, _, terminated, _, _ = plain.step(action)
-        stacked, *_ = stacking.step(action)
-        stack = dqn.push_frame(stack, frame)
-        if terminated:
-            ends += 1
-            np.testing.assert_array_equal(stack, stacked[..., 0])
-            frame, stacked = plain.reset()[0], stacking.reset()[0]
-            stack = dqn.first_stack(frame)
-            assert (stack == stack[:1]).all()
-    assert ends >= 5
 
 
 def play_on(env, actions):
@@ -166,9 +153,12 @@ ROMS = {
 }  # fmt: skip
 
 
+make_breakout = functools.partial(ppo.make_env, "BreakoutNoFrameskip-v4")
+
+
 def rollout(async_envs, seed, steps=400, envs=3):
     """Random actions on Breakout: everything that the script would store or log."""
-    vector = atari.VectorGames(ppo.make_env, "BreakoutNoFrameskip-v4", envs, async_envs)
+    vector = atari.VectorGames(make_breakout, envs, async_envs)
     rng = np.random.default_rng(seed)
     stacks, _ = vector.reset(seed=seed)
     seen = [stacks]
@@ -209,13 +199,13 @@ def test_games_side_by_side_continue_from_their_states(tmp_path, async_envs):
         rng = np.random.default_rng(1)
         return [games.step(rng.integers(4, size=2))[:4] for _ in range(steps)]
 
-    games = atari.VectorGames(ppo.make_env, "BreakoutNoFrameskip-v4", 2, async_envs)
+    games = atari.VectorGames(make_breakout, 2, async_envs)
     games.reset(seed=1)
     play(games, 60)
     checkpoint.write_checked(tmp_path / "games", games.state_dict())
     expected = [[part.copy() for part in step] for step in play(games, 60)]
     games.close()
-    other = atari.VectorGames(ppo.make_env, "BreakoutNoFrameskip-v4", 2, async_envs)
+    other = atari.VectorGames(make_breakout, 2, async_envs)
     other.reset(seed=2)
     other.load_state_dict(checkpoint.read_checked(tmp_path / "games"))
     for step, expected_step in zip(play(other, 60), expected, strict=True):
@@ -224,25 +214,54 @@ def test_games_side_by_side_continue_from_their_states(tmp_path, async_envs):
     other.close()
 
 
+LOUD = """
+import sys
+
+import gymnasium as gym
+from conftest import make_quadrants
+from lan_utils.atari import VectorGames
+
+
+class Loud(gym.Wrapper):
+    def step(self, action):
+        print("printed in a step")
+        print("complained in a step", file=sys.stderr)
+        return self.env.step(action)
+
+
+games = VectorGames(lambda: Loud(make_quadrants("")), 2, async_envs=True)
+games.reset(seed=1)
+games.step([0, 0])
+games.close()
+"""
+
+
+def test_what_a_game_prints_in_a_worker_is_seen(tmp_path):
+    """Into files, as under a launcher. Would catch: stderr that goes nowhere, a line that dies with its worker."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run([sys.executable, tmp_path / "loud.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "printed in a step\n" * 2
+    assert done.stderr == "complained in a step\n" * 2
+
+
 def test_dead_workers_are_one_line_and_closing_needs_none():
     """As the out-of-memory killer does it. Would catch: a parent that waits for ever, a finished run that fails."""
-    games = atari.VectorGames(make_quadrants_stack, "", 2, async_envs=True)
+    games = atari.VectorGames(functools.partial(make_quadrants, ""), 2, async_envs=True)
     games.reset(seed=1)
     os.kill(games.env.processes[1].pid, signal.SIGKILL)
     games.env.processes[1].join()
     with pytest.raises(RunFailed, match=r"^a worker process died"):
         games.step(np.zeros(2, int))
     games.close()
-    others = atari.VectorGames(make_quadrants_stack, "", 2, async_envs=True)
+    others = atari.VectorGames(functools.partial(make_quadrants, ""), 2, async_envs=True)
     others.reset(seed=1)
     for process in others.env.processes:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     others.close()
-
-
-def make_quadrants_stack(env_id):
-    return FrameStackObservation(make_quadrants(env_id), 4)
 
 
 # --------------------------------------------------------------------------------------- ale-py's games
@@ -256,14 +275,15 @@ def test_ale_games_end_where_ale_says_that_games_end(game):
     Would catch: a lost life counted as a game, a game over missed, a clipped score, a score carried into the next game.
     """
     seeds = np.array([0, 5, 7])
-    ours = atari.AleGames(f"{game}NoFrameskip-v4", 3, num_threads=1)
-    oracle = AtariVectorEnv(ROMS[game], 3, autoreset_mode="SameStep", reward_clipping=False, num_threads=1)
+    ours = atari.AleGames(f"{game}NoFrameskip-v4", 0.0, 3, num_threads=1)
+    flags = {"autoreset_mode": "SameStep", "reward_clipping": False, "repeat_action_probability": 0.0}
+    oracle = AtariVectorEnv(ROMS[game], 3, num_threads=1, **flags)
     stacks, _ = ours.reset(seed=seeds)
     expected, _ = oracle.reset(seed=seeds)
     rng = np.random.default_rng(0)
     scores, lengths, ends, lost_lives = np.zeros(3), np.zeros(3), 0, 0
     for _ in range(1500):
-        np.testing.assert_array_equal(stacks, expected[..., None])
+        np.testing.assert_array_equal(stacks, expected)
         actions = rng.integers(ours.single_action_space.n, size=3)
         stacks, rewards, terminations, _, infos = ours.step(actions)
         expected, raw, over, _, _ = oracle.step(actions)
@@ -281,7 +301,7 @@ def test_a_truncated_ale_game_shows_its_true_last_observation(monkeypatch):
     """Would catch: a bootstrap from the next game's first observation, a truncated game that is not told."""
     short = functools.partial(AtariVectorEnv, max_num_frames_per_episode=200)
     monkeypatch.setattr(atari, "AtariVectorEnv", short)
-    games = atari.AleGames("PongNoFrameskip-v4", 2, num_threads=1)
+    games = atari.AleGames("PongNoFrameskip-v4", 0.0, 2, num_threads=1)
     last, _ = games.reset(seed=1)
     for _ in range(200):
         stacks, _, terminations, truncations, infos = games.step(np.array([2, 3]))
@@ -295,10 +315,44 @@ def test_a_truncated_ale_game_shows_its_true_last_observation(monkeypatch):
     assert (stacks[:, :3] == 0).all()  # a reset fills the stack with zeros, unlike the default's copies
 
 
+# ------------------------------------------------------------------------------------------- sticky actions
+
+
+def stickiness(env):
+    return env.unwrapped.ale.getFloat("repeat_action_probability")
+
+
+@pytest.mark.parametrize("module", [importlib.import_module(script.removesuffix(".py")) for script in SCRIPTS])
+def test_sticky_actions_reach_the_emulator(monkeypatch, module):
+    """Training and evaluation. Would catch: a flag that changes a run's name for it and not the game, an evaluation on
+    other games than the run's."""
+    assert stickiness(module.make_env("PongNoFrameskip-v4")) == 0
+    assert stickiness(module.make_env("PongNoFrameskip-v4", repeat_action_probability=0.25)) == 0.25
+    monkeypatch.setattr(module, "play_games", lambda env, *arguments: iter([env]))
+    for probability in (0.0, 0.25):
+        args = module.Args(env_id="PongNoFrameskip-v4", repeat_action_probability=probability)
+        (env,) = module.evaluate(module.Network(6, "relu"), args, games=1)
+        assert stickiness(env) == probability
+
+
+def test_sticky_actions_reach_ale_games_too():
+    """Which cannot be asked: with every action repeated for ever the paddle stays where the first one left it."""
+
+    def frames(probability):
+        games = atari.AleGames("PongNoFrameskip-v4", probability, 1, num_threads=1)
+        games.reset(seed=1)
+        rng = np.random.default_rng(0)
+        return np.stack([games.step(rng.integers(2, 4, size=1))[0] for _ in range(120)])
+
+    plain, same, sticky = frames(0.0), frames(0.0), frames(0.25)
+    np.testing.assert_array_equal(plain, same)
+    assert not np.array_equal(plain, sticky)
+
+
 def test_every_game_exists_in_ale_too():
     """Would catch: a game whose ale name is not its class name in lower case."""
     for game, rom in ROMS.items():
-        env = atari.AleGames(f"{game}NoFrameskip-v4", 1, num_threads=1)
+        env = atari.AleGames(f"{game}NoFrameskip-v4", 0.0, 1, num_threads=1)
         actions = gym.make(f"{game}NoFrameskip-v4").action_space.n
         assert env.single_action_space.n == actions, rom
 
@@ -312,7 +366,7 @@ def test_a_film_has_a_picture_per_agent_step(monkeypatch, tmp_path, folder):
     monkeypatch.chdir(tmp_path)
     path = Path(folder)
     path.mkdir()
-    env = ppo.make_env("PongNoFrameskip-v4", "rgb_array")
+    env = ppo.make_env("PongNoFrameskip-v4", render_mode="rgb_array")
     env.reset(seed=1)
     with atari._film(path / "game_0.mp4", env) as add_picture:
         for _ in range(30):
@@ -325,7 +379,7 @@ def test_a_film_has_a_picture_per_agent_step(monkeypatch, tmp_path, folder):
 @pytest.mark.slow
 def test_games_are_played_to_their_ends_and_filmed(tmp_path):
     """Would catch: a score of one life, a game that ends inside a reset and is played on for ever."""
-    env = ppo.make_env("BreakoutNoFrameskip-v4", "rgb_array")
+    env = ppo.make_env("BreakoutNoFrameskip-v4", render_mode="rgb_array")
     rng = np.random.default_rng(0)
     scores = list(atari.play_games(env, lambda stack: int(rng.integers(4)), 3, 2, tmp_path))
     assert len(scores) == env.statistics.episode_count == 2

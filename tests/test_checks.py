@@ -1,9 +1,12 @@
 """checks.py: what is refused before anything is written."""
 
+import importlib
 import sys
 import types
+from typing import get_args, get_type_hints
 
 import pytest
+from annotated_types import Ge, Gt, Interval
 from conftest import ROOT, SCRIPTS, launch_in_process
 
 import dqn_atari_lan as dqn
@@ -88,6 +91,56 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(monkeypatch, caps
     assert message in stderr
     assert stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def ranges(script):
+    """{flag: its limits} of a script's numbers; [] of one without any."""
+    found = {}
+    for name, hint in get_type_hints(
+        importlib.import_module(script.removesuffix(".py")).Args, include_extras=True
+    ).items():
+        options = [hint, *get_args(hint)]
+        if {int, float} & {option for option in options if isinstance(option, type)}:
+            found[name] = [limit for option in options for limit in getattr(option, "__metadata__", ())]
+    return found
+
+
+# What they must be depends on other flags: the scripts' `check_relations` say it.
+WITHOUT_A_RANGE = {"learning_starts", "metrics_samples"}
+
+
+def test_every_number_has_a_range():
+    """Would catch: a new flag that takes -1, days before it fails."""
+    found = {name for script in SCRIPTS for name, limits in ranges(script).items() if not limits}
+    assert found == WITHOUT_A_RANGE
+    assert all(len(limits) <= 1 for script in SCRIPTS for limits in ranges(script).values())
+    assert len({name for script in SCRIPTS for name in ranges(script)}) >= 25
+
+
+def outside(limit):
+    match limit:
+        case Interval(gt=None, ge=low, lt=None, le=high):
+            return low - 0.5, high + 0.5
+        case Gt(gt=bound):
+            return bound, bound - 1
+        case Ge(ge=bound):
+            return (bound - 1,)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_number_out_of_its_range_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, script):
+    """Every flag's own. Would catch: a kind of annotation that `check_ranges` passes over, such as `... | None`."""
+    for name, limits in ranges(script).items():
+        for value in [value for limit in limits for value in outside(limit)]:
+            flag = f"--{name.replace('_', '-')}"
+            code, stderr = launch_in_process(
+                monkeypatch, capsys, script, [flag, value, "--runs-dir", tmp_path / "runs"]
+            )
+            assert code == 2, flag
+            assert stderr.startswith(f"error: {flag} is {value}"), stderr
+            assert "; it must " in stderr
+            assert stderr.count("\n") == 1
+            assert list(tmp_path.iterdir()) == []
 
 
 class FakeWandb(types.ModuleType):

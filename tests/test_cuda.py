@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, read_events, run_script
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmark"))
 import benchmark
 import metrics
 
@@ -286,7 +286,7 @@ def update_on_the_stand_in(algorithm, amp, break_with):
         optimizer.step()
         gradients = {parameter.grad.device.type for parameter in network.parameters()}
         z = {}
-        network.representation.register_forward_hook(lambda module, inputs, output: z.update(dtype=output.dtype))
+        network.encoder.z.register_forward_hook(lambda module, inputs, output: z.update(dtype=output.dtype))
         network(frames[:, 1:])
     print(json.dumps([sorted(gradients), str(loss.dtype), str(z["dtype"])]))
 

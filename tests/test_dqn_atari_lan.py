@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_quadrants, read_events, without_run
+from conftest import make_quadrants, module_of, read_events, without_run
 
 import dqn_atari_lan as dqn
 from lan_utils import cli, run, study
@@ -122,6 +122,7 @@ def test_the_network_divides_by_255_and_its_convolutions_keep_relu():
     """Would catch: frames fed as 0..255, or the chosen activation put into the trunk."""
     network = dqn.QNetwork(4, "sigmoid")
     observations = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    convolutions = [layer.factors["enc"][0] for layer in list(network.measured.values())[:3]]
     x = observations.double() / 255
     for convolution, stride in zip(convolutions, (4, 2, 1), strict=True):
         x = torch.nn.functional.conv2d(x, convolution.weight.double(), convolution.bias.double(), stride).clamp(min=0)
@@ -355,7 +356,7 @@ def test_same_seed_same_run_other_seed_other_run_and_plain_dqn_the_same_weights(
     assert not any(tag.startswith("representation/") for tag in other_events)
     assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
 
-    plain, networks = without_run(dqn, tmp_path), []
+    plain, networks = module_of(without_run("dqn_atari_lan.py"), tmp_path / "plain_dqn.py"), []
     monkeypatch.setattr(plain, "make_env", make_quadrants)
     make = plain.QNetwork
     monkeypatch.setattr(plain, "QNetwork", lambda *arguments: networks.append(make(*arguments)) or networks[-1])

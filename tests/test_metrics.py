@@ -1,15 +1,17 @@
 """metrics.py against scipy, numpy and numbers worked out by hand."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_events
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import gaussian_kde
-from torch.utils.tensorboard import SummaryWriter
 
 import metrics
 
@@ -249,20 +251,126 @@ def test_finite_values_whose_range_is_not_are_refused(function):
             function(activations)
 
 
-def test_what_is_logged_depends_on_seed_and_step_alone(tmp_path):
-    """Would catch: jitter from the training's generator, a histogram of other neurons, values logged that are not
-    returned."""
-    sample = {"z": torch.randn(600, 8) * 0.02, "z_enc": torch.randn(600, 8)}
-    before = torch.get_rng_state()
-    values = metrics.log_representation(None, sample, 20.0, (1, 1000), 1000)
-    writer = SummaryWriter(str(tmp_path))
-    assert metrics.log_representation(writer, sample, 20.0, (1, 1000), 1000) == values
-    assert torch.equal(torch.get_rng_state(), before)
-    writer.close()
-    events = read_events(tmp_path)
-    histogram = events.pop("representation/kde_peak")
-    assert {tag.removeprefix("representation/"): value for tag, [(_, value)] in events.items()} == pytest.approx(values)
-    assert all(step == 1000 for points in events.values() for step, _ in points)
-    ((step, buckets),) = histogram
-    assert (step, sum(buckets)) == (1000, 8)
-    assert metrics.log_representation(None, sample, 1e-3, (1, 1000), 1000)["dead_neurons"] == 1  # the threshold
+# ------------------------------------------------------------------------------------- recording a network
+
+
+class Net(torch.nn.Module):
+    """Takes a tensor, a dict or a tuple of two; in training mode its dropout would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh())
+        self.dropout = torch.nn.Dropout(0.5)
+        self.second = torch.nn.Linear(5, 2).double()
+        self.pair = Pair()
+        self.unused = torch.nn.Linear(1, 1)
+        self.seen = []
+
+    def forward(self, observations):
+        self.seen.append(observations)
+        x = observations["x"] if isinstance(observations, dict) else observations
+        x = x[0] if isinstance(x, tuple) else x
+        x = self.pair(self.dropout(self.first(x)))["halves"][0]
+        return self.second(x.double())
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return {"halves": (x, -x)}
+
+
+X = torch.linspace(-2, 2, 30).reshape(10, 3)
+
+
+def test_record_gives_outputs_by_object_and_by_name_without_gradients():
+    """Would catch: a module's input for its output, dropout that is on, float64 that stays, a graph that is kept."""
+    network = Net()
+    found = metrics.record(network, {"h": network.first, "linear": "first.0", "top": "second", "all": network}, X)
+    h = torch.tanh(X @ network.first[0].weight.T + network.first[0].bias)
+    torch.testing.assert_close(found["h"], h.detach())
+    torch.testing.assert_close(found["linear"], torch.atanh(h).detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["top"], network.second(h.double()).detach().float())
+    assert torch.equal(found["top"], found["all"])
+    assert list(found) == ["h", "linear", "top", "all"]
+    assert all((value.dtype, value.requires_grad) == (torch.float32, False) for value in found.values())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_record_in_chunks_is_one_pass_and_of_anything_else_passes_it_on_as_it_is():
+    """Would catch: a lost or repeated chunk, chunks in another order, an observation that is taken apart."""
+    network = Net()
+    whole = metrics.record(network, {"h": "first"}, X)["h"]
+    for chunk in (1, 3, 5, 10, 99):
+        network.seen.clear()
+        torch.testing.assert_close(metrics.record(network, {"h": "first"}, X, chunk)["h"], whole)
+        assert [len(piece) for piece in network.seen] == [len(piece) for piece in X.split(chunk)]
+    for observations in ({"x": X, "more": None}, (X, "more")):
+        network.seen.clear()
+        assert torch.equal(metrics.record(network, {"h": "first"}, observations)["h"], whole)
+        assert len(network.seen) == 1
+        assert network.seen[0] is observations
+
+
+class Twice(Net):
+    def forward(self, observations):
+        self.first(observations)
+        return super().forward(observations)
+
+
+class Broken(Net):
+    def forward(self, observations):
+        self.first(observations)
+        raise ZeroDivisionError("in the middle")
+
+
+def fresh(network):
+    """In modes of its own, and with a hook that has to stay."""
+    network.train()
+    network.dropout.eval()
+    network.hook = network.first.register_forward_hook(lambda module, inputs, output: None)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "module", "chunk", "error", "message"),
+    [
+        (Net(), "first", None, None, ""),
+        (Net(), "first", 4, None, ""),
+        (Net(), "third", None, ValueError, "h: 'third' is no module of the network; it has first, first.0, first.1, "),
+        (Net(), torch.nn.Linear(3, 5), None, ValueError, "h: Linear.* is no module of the network; it has first, "),
+        (Net(), "unused", None, ValueError, r"h was not called by network\(observations\)"),
+        (Net(), "pair", None, ValueError, "h returns dict, not a tensor: name the module that makes the tensor"),
+        (Twice(), "first", 4, ValueError, "g was called more than once in one pass: name a module that is called once"),
+        (Broken(), "first", None, ZeroDivisionError, "in the middle"),
+    ],
+)
+def test_record_leaves_the_network_as_it_was(network, module, chunk, error, message):
+    """Also after an error. Would catch: a hook left behind, all modules in evaluation mode, or all in training mode."""
+    network = fresh(network)
+    modes = [each.training for each in network.modules()]
+    if error:
+        with pytest.raises(error, match=message):
+            metrics.record(network, {"g": "first.0", "h": module}, X, chunk)
+    else:
+        metrics.record(network, {"h": module}, X, chunk)
+    assert [each.training for each in network.modules()] == modes
+    assert {len(each._forward_hooks) for each in network.modules() if each is not network.first} == {0}
+    assert len(network.first._forward_hooks) == 1
+    assert torch.is_grad_enabled()
+
+
+def test_this_file_works_copied_alone_into_an_empty_folder(tmp_path):
+    """Would catch: an import of this project, of TensorBoard, of anything that torch has not imported itself."""
+    shutil.copy(ROOT / "metrics.py", tmp_path)
+    code = f"""
+import sys
+import numpy, torch
+before = set(sys.modules)
+sys.path = [{str(tmp_path)!r}] + [entry for entry in sys.path if entry != {str(ROOT)!r}]
+import metrics
+network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+z = metrics.record(network, {{"z": "1"}}, torch.randn(40, 3))["z"]
+print(len(metrics.representation_metrics(z)), metrics.__file__, sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"8 {tmp_path / 'metrics.py'} ['metrics']\n", "")

@@ -1,21 +1,17 @@
 """ppo_atari_lan.py: the network, the mathematics, and training that learns."""
 
 import dataclasses
-import inspect
-import re
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Quadrants, Recorded, read_events, without_run
-from gymnasium.wrappers import FrameStackObservation
+from conftest import make_quadrants, module_of, read_events, stacked, without_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 
-import dqn_atari_lan as dqn
 import metrics
 import ppo_atari_lan as ppo
 from lan_utils import cli
@@ -59,25 +55,6 @@ def test_defaults_are_table_4(monkeypatch, capsys):
     assert args.exp_name == Path(ppo.__file__).stem  # the script's name: no two scripts share a folder
 
 
-def test_what_both_scripts_share_stands_in_both_word_for_word():
-    """Would catch: the paper's idea changed in one script alone."""
-    sections, headings = {}, {}
-    for module in (dqn, ppo):
-        source = Path(module.__file__).read_text()
-        parts = re.split(r"\n# -{20,} (.+)\n", source)
-        headings[module] = parts[1::2]
-        sections[module] = dict(zip(parts[1::2], parts[2::2], strict=True))
-    assert headings[ppo] == headings[dqn]
-    assert "Eq. 2: z = z_enc * z_star" in sections[dqn]["representation"]
-    assert "class Representation" in sections[dqn]["representation"]
-    assert sections[ppo]["representation"] == sections[dqn]["representation"]
-    assert inspect.getsource(ppo.linear_schedule) == inspect.getsource(dqn.linear_schedule)
-    shared_flags = {f.name: f.default for f in dataclasses.fields(ppo.Args) if f.name != "exp_name"}
-    for f in dataclasses.fields(dqn.Args):
-        if f.name in shared_flags and f.name != "learning_rate":
-            assert f.default == shared_flags[f.name], f.name
-
-
 # ---------------------------------------------------------------------------------------------- network
 
 
@@ -85,9 +62,10 @@ def test_parameter_counts_and_initialisation():
     """Orthogonal with gain sqrt(2) and zero bias for every hidden layer, all factors alike; 0.01 actor, 1 critic."""
     network = ppo.ActorCritic(6, "tanh-2xlan")
     expected = {
-        "trunk.0": 2**0.5, "trunk.2": 2**0.5, "trunk.4": 2**0.5, "representation.layers.z_enc": 2**0.5,
-        "representation.layers.z_star": 2**0.5, "representation.layers.z_star2": 2**0.5, "actor": 0.01, "critic": 1.0,
-    }  # fmt: skip
+        **{f"encoder.{name}.factors.enc.0": 2**0.5 for name in ("conv1", "conv2", "conv3", "z")},
+        **{f"encoder.z.factors.{name}.0": 2**0.5 for name in ("star", "star2")},
+        **{"actor": 0.01, "critic": 1.0},
+    }
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
@@ -108,7 +86,7 @@ def test_z_feeds_both_heads():
     for head in (0, 1):
         network.zero_grad()
         network(observations)[head].square().sum().backward()
-        assert all(layer.weight.grad.abs().sum() > 0 for layer in network.representation.layers.values())
+        assert all(factor[0].weight.grad.abs().sum() > 0 for factor in network.encoder.z.factors.values())
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -289,7 +267,9 @@ def test_amp_rounds_neither_values_nor_logits():
     assert (values.min() > 15, values.std() > 0.05) == (True, True)
     assert rounded_logits.dtype == rounded_values.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):  # the best that float32 heads can do
-        z = network.representation(network.trunk(observations / 255))
+        x = (observations / 255).contiguous(memory_format=torch.channels_last)
+        encoder = network.encoder
+        z = encoder.z(encoder.conv3(encoder.conv2(encoder.conv1(x))).flatten(1))
     assert torch.equal(rounded_values, network.critic(z.float()).squeeze(1))
     assert torch.equal(rounded_logits, network.actor(z.float()))
     assert len(set(rounded_values.tolist())) > 500
@@ -360,9 +340,7 @@ class ValueIsNewestPixel(torch.nn.Module):
 def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_dir, async_envs):
     """What reaches compute_gae in a rollout of 13 steps: an episode of 5 that is truncated, one of 7 that terminates.
     Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap."""
-    monkeypatch.setattr(
-        ppo, "make_env", lambda env_id, render_mode=None: FrameStackObservation(Recorded(Counting()), 4)
-    )
+    monkeypatch.setattr(ppo, "make_env", lambda *arguments: stacked(Counting()))
     monkeypatch.setattr(ppo, "ActorCritic", ValueIsNewestPixel)
     calls = []
     compute_gae = ppo.compute_gae
@@ -385,10 +363,6 @@ def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_
 
 
 # --------------------------------------------------------------------------------- whole training runs
-
-
-def make_quadrants(env_id, render_mode=None):
-    return FrameStackObservation(Recorded(Quadrants()), 4)
 
 
 def quadrant_flags(runs_dir, **changes):
@@ -431,7 +405,7 @@ def test_same_seed_same_run_whatever_the_processes_and_plain_ppo_the_same_weight
     assert other_events["charts/episodic_return"] != events["charts/episodic_return"][:48]
     assert any(not torch.equal(weight, other_weights[name]) for name, weight in weights.items())
 
-    plain, networks = without_run(ppo, tmp_path), []
+    plain, networks = module_of(without_run("ppo_atari_lan.py"), tmp_path / "plain_ppo.py"), []
     monkeypatch.setattr(plain, "make_env", make_quadrants)
     make = plain.ActorCritic
     monkeypatch.setattr(plain, "ActorCritic", lambda *arguments: networks.append(make(*arguments)) or networks[-1])
@@ -493,19 +467,19 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
 def test_the_newest_observations_are_measured(monkeypatch, runs_dir, samples):
     """In the order in which they were played, from one rollout of 512 and part of the last, or of the last two."""
     seen, measured = [], []
-    forward, activations = ppo.ActorCritic.forward, metrics.activations
+    forward, record = ppo.ActorCritic.forward, metrics.record
 
     def watched_forward(network, observations):
-        if not torch.is_grad_enabled():
+        if network.training and not torch.is_grad_enabled():
             seen.append(observations.clone())
         return forward(network, observations)
 
-    def watched_activations(network, observations):
+    def watched_record(network, modules, observations, chunk):
         measured.append((len(seen), observations.clone()))
-        return activations(network, observations)
+        return record(network, modules, observations, chunk)
 
     monkeypatch.setattr(ppo.ActorCritic, "forward", watched_forward)
-    monkeypatch.setattr(metrics, "activations", watched_activations)
+    monkeypatch.setattr(metrics, "record", watched_record)
     train_quadrants(
         monkeypatch, runs_dir, total_timesteps=2048, metrics_frequency=1000, metrics_samples=samples, update_epochs=1
     )

@@ -1,4 +1,4 @@
-"""replay.py against stable-baselines3's memory of full stacks."""
+"""replay.py against stable-baselines3's memory of full stacks, and against a list."""
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from lan_utils.checkpoint import Checkpoints, Part
-from lan_utils.replay import ReplayMemory
+from lan_utils.replay import ReplayMemory, RolloutMemory
 
 
 def play(memory, stacks, episodes):
@@ -160,3 +160,46 @@ def test_observations_are_drawn_without_replacement_by_a_generator_of_their_own(
     assert torch.equal(drawn, memory.observations(20, seed=(1, 49)))
     assert not torch.equal(drawn, memory.observations(20, seed=(2, 49)))
     assert (np.random.get_state()[1] == state).all()
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+
+def is_channels_last(observations):
+    return observations.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(0, 24))
+@example(num_steps=2, num_envs=2, measured=4, rollouts=3, saved_at=5)  # measured is one rollout
+@example(num_steps=2, num_envs=2, measured=5, rollouts=4, saved_at=3)  # one more
+@settings(max_examples=60, deadline=None)
+def test_a_rollout_memory_is_a_list_of_all_observations(num_steps, num_envs, measured, rollouts, saved_at):
+    """Would catch: a rollout from the wrong end of the ring, a sample out of order or across its seam, environments
+    swapped, a state that forgets where it was, a layout that convolutions have to change."""
+    device = torch.device("cpu")
+    memory, everything = RolloutMemory(num_steps, num_envs, measured, device), []
+    assert memory.observations(measured, seed=0) is None
+    for step in range(num_steps * rollouts):
+        if step == saved_at:
+            state = {key: torch.clone(v) if torch.is_tensor(v) else v for key, v in memory.state_dict().items()}
+            memory = RolloutMemory(num_steps, num_envs, measured, device)
+            memory.load_state_dict(state)
+        obs = np.arange(step * num_envs * 4, (step + 1) * num_envs * 4).reshape(num_envs, 4, 1, 1) % 251
+        obs = np.broadcast_to(obs, (num_envs, 4, 84, 84)).astype(np.uint8)
+        obs[..., 0, 1] = 255  # which way is up
+        stored = memory.add(obs)
+        everything.extend(obs.copy())
+        assert is_channels_last(stored)
+        np.testing.assert_array_equal(stored, obs)
+        for n in {1, measured}:
+            found = memory.observations(n, seed=step)
+            if len(everything) < n:
+                assert found is None
+            else:
+                np.testing.assert_array_equal(found, np.stack(everything[-n:]))
+        if (step + 1) % num_steps == 0:
+            rollout = memory.rollout()
+            assert rollout.shape == (num_steps, num_envs, 4, 84, 84)
+            assert is_channels_last(rollout.flatten(0, 1))
+            np.testing.assert_array_equal(rollout.flatten(0, 1), np.stack(everything[-num_steps * num_envs :]))
+    assert memory.steps * num_envs < measured + num_steps * num_envs  # no more is kept than is asked for

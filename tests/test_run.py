@@ -24,8 +24,8 @@ import dqn_atari_lan as dqn
 from lan_utils import checkpoint
 from lan_utils import folder as run_folder_module
 from lan_utils import run as run_module
-from lan_utils.checkpoint import Checkpoints, Variables
-from lan_utils.cli import RunFailed
+from lan_utils.checkpoint import Checkpoints, LoopState
+from lan_utils.cli import RunFailed, Stopped
 from lan_utils.replay import ReplayMemory
 from lan_utils.run import Run
 
@@ -369,10 +369,7 @@ def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(name, runs_dir,
     assert code == 1
     assert "Traceback" not in text
     assert "error: cannot use" in text
-    assert (
-        "File too large. The last checkpoint, if there was one, is whole: free some space, then resume with python"
-        in text
-    )
+    assert "File too large. What was saved is whole: free some space, then run this again: python" in text
     assert len(list(runs_dir.glob("*/checkpoints/*.ckpt"))) == 1
     code, text = run(name, runs_dir)
     assert code == 0, text
@@ -583,7 +580,7 @@ def test_another_thread_count_warns_and_is_recorded(runs_dir):
         pytest.skip("one core has one thread count")
     code, text = run("ppo-sync", runs_dir, "--num-threads", 2)
     assert code == 0
-    assert "warning: this run began with threads 1, now 2: it may not continue bit by bit" in text
+    assert "warning: this run began with threads 1, now 2: it may not continue bit for bit" in text
     config = json.loads((folder / "config.json").read_text())
     assert config["threads"] == 1
     assert [(resume["step"] >= 192, resume["threads"]) for resume in config["resumes"]] == [(True, 2)]
@@ -595,20 +592,24 @@ def test_another_thread_count_warns_and_is_recorded(runs_dir):
 def begun(tmp_path, **flags):
     """A run that trains nothing."""
     run = Run("dqn", dqn.Args(runs_dir=str(tmp_path), **flags), torch.device("cpu"), np.random.default_rng(1))
-    run.resume(network=torch.nn.Linear(2, 2), play=Variables(step=0, more={}))
+    run.resume(network=torch.nn.Linear(2, 2), play=LoopState(step=0, more={}))
     return run
 
 
 def test_one_signal_sent_twice_is_one_and_a_later_one_leaves_at_once(monkeypatch, tmp_path):
     """Would catch: a launcher's repeated SIGTERM that costs the checkpoint; an impatient user who is not heard."""
     run = Run("dqn", dqn.Args(runs_dir=str(tmp_path)), torch.device("cpu"), np.random.default_rng(1))
-    clock, left = [100.0], []
+    clock = [100.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run_module.os, "_exit", left.append)
-    for seconds, expected in ((0, []), (0.5, []), (0.4, []), (0.2, [130])):
+    for seconds in (0, 0.5, 0.4):
         clock[0] += seconds
         run._on_signal(signal.SIGINT, None)
-        assert (run.signum, left) == (signal.SIGINT, expected)
+        assert run.signum == signal.SIGINT
+    clock[0] += 0.2
+    with pytest.raises(Stopped) as stopped:
+        run._on_signal(signal.SIGINT, None)
+    assert (stopped.value.signum, stopped.value.saved) == (signal.SIGINT, False)
+    assert isinstance(stopped.value, KeyboardInterrupt)  # nothing that catches errors swallows it
 
 
 def test_nothing_is_saved_of_a_state_with_nan(tmp_path):
@@ -623,7 +624,7 @@ def test_nothing_is_saved_of_a_state_with_nan(tmp_path):
 def test_the_header_says_what_is_about_to_happen(tmp_path, capsys):
     args, rng = dqn.Args(runs_dir=str(tmp_path)), np.random.default_rng(1)
     run = Run("ppo", args, torch.device("cpu"), rng, memory_needed=2_560_000_000, stride=1024)
-    run.resume(network=torch.nn.Linear(2, 2), play=Variables(step=0))
+    run.resume(network=torch.nn.Linear(2, 2), play=LoopState(step=0))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "PPO, tanh-lan, on BreakoutNoFrameskip-v4, seed 1"
     assert lines[1] == f"  run folder  {run.folder.path}"
@@ -639,6 +640,60 @@ def test_what_is_due_when_turns_are_many_steps_long(tmp_path):
     assert [step for step in range(384, 4000, 384) if run._due(1000, step)] == [1152, 2304, 3072]
     assert not any(run._due(0, step) for step in range(384, 4000, 384))
     assert run.total == 9_999_744
+
+
+class FixedMemory:
+    """Gives what it was given, and notes what it was asked for."""
+
+    def __init__(self, sample):
+        self.sample, self.asked = sample, []
+
+    def observations(self, n, seed):
+        self.asked.append((n, seed))
+        return self.sample
+
+
+class Measured(torch.nn.Module):
+    """Its observations are what is measured: z and one factor of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.factor, self.other = torch.nn.Flatten(), torch.nn.Flatten(), torch.nn.Linear(1, 1)
+        self.measured = {"conv1": self.other, "z": self.z, "z_enc": self.factor}
+
+    def forward(self, observations):
+        return self.z(observations[:, 0]) + self.factor(observations[:, 1])
+
+
+def test_what_is_logged_depends_on_seed_and_step_alone(tmp_path):
+    """Would catch: jitter from the training's generator, a histogram of other neurons, values logged that are not
+    returned, a layer measured that was not asked for."""
+    run = begun(tmp_path, dead_threshold=20.0, seed=5)
+    network, memory = Measured(), FixedMemory(torch.randn(600, 2, 8) * torch.tensor([0.02, 1.0])[:, None])
+    before = torch.get_rng_state()
+    run.measure(9_999, network, memory)
+    assert memory.asked == []  # not due
+    run.measure(10_000, network, memory)
+    assert memory.asked == [(2048, (5, 10_000))]
+    assert torch.equal(torch.get_rng_state(), before)
+    sample = {"z": memory.sample[:, 0], "z_enc": memory.sample[:, 1]}
+    values, peaks = run_module.measure_representation(sample, 20.0, (5, 10_000))
+    again, _ = run_module.measure_representation(sample, 20.0, (5, 10_000))
+    assert again == values
+    assert (values["dead_neurons"], values["dead_neurons_z_enc"]) != (0, 1)
+    assert not torch.equal(run_module.measure_representation(sample, 20.0, (5, 20_000))[1], peaks)
+    assert run_module.measure_representation(sample, 1e-3, (5, 10_000))[0]["dead_neurons"] == 1  # the threshold
+    run.writer.flush()
+    events = read_events(run.folder.path)
+    histogram = events.pop("representation/kde_peak")
+    assert {tag.removeprefix("representation/"): value for tag, [(_, value)] in events.items()} == pytest.approx(values)
+    assert all(step == 10_000 for points in events.values() for step, _ in points)
+    ((step, buckets),) = histogram
+    assert (step, sum(buckets)) == (10_000, 8)
+    memory.sample = None  # as long as there are too few
+    run.measure(20_000, network, memory)
+    run.writer.flush()
+    assert {step for points in read_events(run.folder.path).values() for step, _ in points} == {10_000}
 
 
 def test_games_that_end_side_by_side_are_logged_at_steps_of_their_own(tmp_path):
