@@ -44,7 +44,7 @@ class Args:
 _results: Results  # of the worker processes, which inherit it
 
 
-def draw(name: str, plot: figures.Plot, out_dir: Path) -> tuple[bytes, str]:
+def draw(name: str, plot: figures.Plot, out_dir: Path) -> figures.Drawn:
     return figures.draw(_results, name, plot, out_dir)
 
 
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
         messages.append("no run has finished: --allow-unfinished draws what there is so far")
 
     names = [name for name in items if name != "tables"]
-    pictures, failed = {}, []
+    pictures, captions, failed = {}, {}, []
     missing = defaultdict(list)  # names of figures by what they have in common
     with workers() as pool:
         jobs = {name: pool.submit(draw, name, plots[name], out_dir) for name in reversed(names)}  # the longest first
@@ -77,14 +77,14 @@ def main(args: Args) -> None:
             making = pool.submit(report.make_tables, _results, runs)
         for name in names:
             try:
-                picture, what = jobs[name].result()
+                picture, caption, what = jobs[name].result()
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # one figure must not stop the rest
-                picture, what = b"", f"not drawn, {type(error).__name__}: {' '.join(str(error).split())}"
+                picture, caption, what = b"", "", f"not drawn, {type(error).__name__}: {' '.join(str(error).split())}"
                 failed.append(name)
             if what:
                 missing[what].append(name)
             if picture:
-                pictures[name] = picture
+                pictures[name], captions[name] = picture, caption
             elif (out_dir / f"{name}.png").exists():
                 missing[f"from an earlier drawing, still in {out_dir}"].append(name)
         if "tables" in items:
@@ -101,11 +101,11 @@ def main(args: Args) -> None:
         report.write_csv(_results.runs, out_dir / "results.csv")
         report.write_csv(claims, out_dir / "claims.csv")
         tables = [report.claims_table(claims), *made]
-        report.write_markdown(tables, plots, pictures, messages, summary, out_dir / "results.md")
+        report.write_markdown(tables, captions, messages, summary, out_dir / "results.md")
         written += report.TABLES
         if not args.only:
             tables.append(report.every_run(_results))
-            report.write_page(tables, plots, pictures, messages, summary, out_dir / "index.html")
+            report.write_page(tables, captions, pictures, messages, summary, out_dir / "index.html")
             written.append("index.html")
     print_lines([f"{len(drawn)} of {len(runs)} runs drawn; {out_dir}: {', '.join(written)}"], to_stdout=True)
     if failed:

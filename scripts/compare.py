@@ -23,7 +23,7 @@ from lan_utils import study
 from lan_utils.cli import BadInput, leave, one_line_errors, parse
 from lan_utils.plots import figures
 from lan_utils.plots.events import REPRESENTATION, read_events, write_whole
-from lan_utils.plots.results import Run, finals_of, read_config
+from lan_utils.plots.results import MOSTLY_CONSTANT, Run, finals_of, read_config, without_rounding
 
 OBSERVATIONS = 150  # rows of a map of neurons
 CONTRAST = 2.0  # the darkest colour stands for this many of the layer's typical standard deviations
@@ -51,8 +51,9 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError):
         raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable") from None
     run.points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
-    if f"{REPRESENTATION}{DEAD}" not in run.points:
+    if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
+    run.points = without_rounding(run.points)
     return run
 
 
@@ -81,6 +82,8 @@ def table(runs: list[Run]) -> list[str]:
     lines = [" " * 17 + "".join(label.rjust(width) for label, width in zip(labels, columns, strict=True))]
     for name, key, form, meaning in rows:
         values = [form.format(final[key]) if key in final else "-" for final in finals]
+        if key == DEAD and "-" in values:
+            meaning += f"; none where over {MOSTLY_CONSTANT:.0%} are constant"
         line = f"{name:17}" + "".join(value.rjust(width) for value, width in zip(values, columns, strict=True))
         lines.append(f"{line}   {meaning}")
     return lines
@@ -116,7 +119,7 @@ def draw_curve(axes: Axes, runs: list[Run], quantity: str, **style: object) -> N
         if points is not None:
             look = figures.look_of(run.activation) | {"linestyle": "-"} | style
             axes.plot(points["step"], points["value"], **look)
-    length = max(int(run.points[f"{REPRESENTATION}{DEAD}"]["step"][-1]) for run in runs)
+    length = max(int(run.points[f"{REPRESENTATION}{CONSTANT}"]["step"][-1]) for run in runs)
     figures.finish_axes(axes, length, quantity)
 
 
@@ -128,8 +131,11 @@ def draw(runs: list[Run]) -> Figure:
     parts = figure.subfigures(2 if has_maps else 1, 1, squeeze=False, height_ratios=[1.15, 1][: 1 + has_maps])[:, 0]
     if has_maps:
         for i, (axes, z) in enumerate(zip(parts[0].subplots(1, len(runs), squeeze=False)[0], maps, strict=True)):
-            share = finals_of(runs[i])[DEAD]
-            draw_neurons(axes, z, f"{labels[i]}: {share:.0%} of the neurons are dead")
+            finals = finals_of(runs[i])
+            dead = "nearly all neurons are constant"
+            if DEAD in finals:
+                dead = f"{finals[DEAD]:.0%} of the neurons are dead"
+            draw_neurons(axes, z, f"{labels[i]}: {dead}")
             axes.set_ylabel("observations" if i == 0 else "")
         parts[0].suptitle(
             "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."

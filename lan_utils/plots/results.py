@@ -24,6 +24,7 @@ MAX_JSON = 1_000_000  # bytes of a config.json or status.json
 MAX_STEPS = 2**62  # agent steps, seeds: what an int64 holds
 
 STATES = ("running", "stopped", "failed", "finished")  # of status.json
+MOSTLY_CONSTANT = 0.99  # as in metrics.py: where more of a layer is constant, the scaled count has no value
 FACTORS = ("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_z_star2")
 # Final values in results.csv: what other programs rely on first.
 FINAL_VALUES = (
@@ -295,12 +296,14 @@ class Results:
             the mean over a LaN's factors of their dead neurons.
         lengths: agent steps at the end of each algorithm's grid.
         folders: of the drawn runs, by `run`.
+        scales: of the normalised score, by algorithm and game; none where there is no ReLU baseline.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     lengths: dict[str, int]
     folders: dict[str, Path]
+    scales: dict[tuple[str, str], statistics.Scale] = field(default_factory=dict)
 
     @property
     def drawn(self) -> pd.DataFrame:
@@ -337,12 +340,29 @@ class Results:
         return np.linspace(0, self.lengths[algorithm], GRID_POINTS)
 
 
+def without_rounding(points: dict[str, Points]) -> dict[str, Points]:
+    """A run's points; `dead_neurons_scaled` is NaN wherever more than MOSTLY_CONSTANT of the layer is constant.
+
+    Runs do not log it there. Those of before did, and it measured rounding.
+    """
+    tag = f"{REPRESENTATION}dead_neurons_scaled"
+    constant, scaled = points.get(f"{REPRESENTATION}std_dead_neurons"), points.get(tag)
+    if constant is None or (scaled is None and (constant["value"] <= MOSTLY_CONSTANT).any()):
+        return points
+    known = {} if scaled is None else dict(zip(scaled["step"].tolist(), scaled["value"].tolist(), strict=True))
+    found = constant.copy()
+    found["value"] = [
+        known.get(step, np.nan) if share <= MOSTLY_CONSTANT else np.nan for step, share in constant.tolist()
+    ]
+    return points | {tag: found}
+
+
 def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
     """{quantity: (grid,)} of a run's own points; what needs other runs is not here."""
     # Equally long runs may have logged their last point a little earlier.
     after = grid > run.agent_steps + LENGTH_TOLERANCE * grid[-1] * run.finished
     curves = {}
-    for tag, points in run.points.items():
+    for tag, points in without_rounding(run.points).items():
         if tag == RETURN:
             curve = statistics.score_curve(points, grid)
         else:
@@ -355,8 +375,9 @@ def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def finals_of(run: Run) -> dict[str, float]:
-    """Mean return of the last 100 games; the last measurement of everything else."""
-    finals = {tag.removeprefix(REPRESENTATION): float(points["value"][-1]) for tag, points in run.points.items()}
+    """Mean return of the last 100 games; the last measurement of everything else, if it has a value."""
+    last = {tag: float(points["value"][-1]) for tag, points in without_rounding(run.points).items()}
+    finals = {tag.removeprefix(REPRESENTATION): value for tag, value in last.items() if not np.isnan(value)}
     if RETURN in run.points:
         finals["final_return"] = float(np.mean(run.points[RETURN]["value"][-LAST_GAMES:], dtype=float))
     if "effective_rank" in finals:
@@ -375,14 +396,20 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
         grid = None if run.left_out else np.linspace(0, lengths[run.algorithm], GRID_POINTS)
         curves.append({} if grid is None else curves_of(run, grid))
 
-    messages = []
+    messages, scales = [], {}
     human = study.read_atari_scores()
     by_game = defaultdict(list)
     for i, run in enumerate(runs):
         by_game[run.algorithm, run.game].append(i)
     for (algorithm, game), places in sorted(by_game.items()):
-        relu = [curves[i]["score"] for i in places if runs[i].activation == "relu" and "score" in curves[i]]
-        extremes = statistics.extremes_of_mean(relu)
+        relu = [i for i in places if runs[i].activation == "relu" and "score" in curves[i]]
+        extremes = None
+        if relu:
+            since = max(statistics.hundredth_game(runs[i].points[RETURN]) for i in relu)
+            grid = np.linspace(0, lengths[algorithm], GRID_POINTS)
+            scale = statistics.scale_of([curves[i]["score"] for i in relu], grid, since)
+            if scale:
+                scales[algorithm, game], extremes = scale, scale[:2]
         if any(not runs[i].left_out for i in places):
             if not relu:
                 messages.append(f"no normalised score, {algorithm} {game}: no finished ReLU baseline with a score")
@@ -397,7 +424,7 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
                 if "score" in curves[i] and not np.isnan(statistics.normalized(0.0, ends)):
                     curves[i][quantity] = statistics.normalized(curves[i]["score"], ends)
     folders = {run.name: run.folder for run in runs if not run.left_out}
-    results = Results(runs_table(runs, finals), curves_table(runs, curves, lengths), lengths, folders)
+    results = Results(runs_table(runs, finals), curves_table(runs, curves, lengths), lengths, folders, scales)
     return results, list(dict.fromkeys(messages))
 
 
