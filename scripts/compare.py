@@ -83,7 +83,7 @@ def table(runs: list[Run]) -> list[str]:
     for name, key, form, meaning in rows:
         values = [form.format(final[key]) if key in final else "-" for final in finals]
         if key == DEAD and "-" in values:
-            meaning += f"; none where over {MOSTLY_CONSTANT:.0%} are constant"
+            meaning += f"; none where over {100 * MOSTLY_CONSTANT:.0f} % are constant"
         line = f"{name:17}" + "".join(value.rjust(width) for value, width in zip(values, columns, strict=True))
         lines.append(f"{line}   {meaning}")
     return lines

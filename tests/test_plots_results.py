@@ -2,11 +2,13 @@ import json
 import os
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
-from plots_common import STEPS, draw, event_file, read_study, rows
+from plots_common import STEPS, draw, event_file, points, read_study, rows
 from synthetic_study import make_run, true_measurement
 
+import metrics
 from lan_utils.plots import results
 
 
@@ -207,3 +209,31 @@ def test_curves_table_has_the_columns_that_others_read(tmp_path, runs_dir):
     at_end = dead[dead["agent_steps"] == STEPS]["value"].item()
     assert at_end == pytest.approx(true_measurement("dead_neurons", "tanh-lan", 2, 1.0), rel=1e-5)
     assert set(curves["quantity"]) >= {"score", "normalized_score", "human_normalized_score", "dead_factors"}
+
+
+def test_the_scaled_count_of_a_constant_layer_has_no_value(tmp_path, runs_dir):
+    """Constant are 100 %, 100 %, 50 % and 100 % at steps 1 to 4; the scaled count says 0.1 to 0.4, or is not logged.
+
+    Would catch: rounding in the tables; a line across the steps at which a run was constant; another bound than the
+    one by which runs log it.
+    """
+    assert results.MOSTLY_CONSTANT == metrics.MOSTLY_CONSTANT
+    std, scaled = "representation/std_dead_neurons", "representation/dead_neurons_scaled"
+    constant = points((1, 1.0), (2, 1.0), (3, 0.5), (4, 1.0))
+    logged = points((1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4))
+    grid = np.array([0, 1, 2, 2.5, 3, 4])
+    for found in (logged, logged[2:3]):
+        run = results.Run(
+            tmp_path, "dqn", "Pong", "tanh", 1, {}, True, agent_steps=4, points={std: constant, scaled: found}
+        )
+        curve = results.curves_of(run, grid)["dead_neurons_scaled"]
+        np.testing.assert_allclose(curve, [np.nan, np.nan, np.nan, np.nan, 0.3, np.nan], rtol=1e-6)
+        assert "dead_neurons_scaled" not in results.finals_of(run)
+        assert results.finals_of(run)["std_dead_neurons"] == 1
+    never = {
+        std: constant[:2]
+    }  # all constant, so that nothing was ever logged: a run without a value, not without a count
+    assert np.isnan(results.without_rounding(never)[scaled]["value"]).all()
+    assert scaled not in results.without_rounding({std: constant})  # a run of before there was such a count
+    alive = {std: points((1, 0.99 - 1e-4)), scaled: points((1, 0.7))}
+    assert results.without_rounding(alive)[scaled]["value"].tolist() == pytest.approx([0.7])
