@@ -301,6 +301,7 @@ def test_a_normalised_figure_says_where_its_zero_is(tmp_path, runs_dir, games, e
     assert ("In Pong no such agent step was reached" in caption) == early
     shown = figures.draw(read, "study_dqn", figures.FIGURES["study_dqn"], tmp_path).caption
     assert "random player" not in shown  # whose returns are not normalised
+    assert figures.EXTREMES not in shown
 
 
 def test_every_game_has_more_than_two_ticks_of_agent_steps(tmp_path, runs_dir):

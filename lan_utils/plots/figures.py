@@ -497,7 +497,7 @@ DENSITY = (
     f"seed), each scaled to its own peak; dead: the peak reaches {DEAD_THRESHOLD:.0f}."
 )
 STUDY = (
-    f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU ({EXTREMES}). "
+    f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU's. "
     f"From left to right: mean return of the last {LAST_GAMES} games; dead neurons of z by the paper's kernel density, "
     "which takes a small z for a dead one; constant neurons, by a standard deviation below 0.001; effective rank of z "
     "minus each neuron's mean, and as a share of its 512 neurons (the paper's, of z as it is: Figures 6b and 8b). "
@@ -626,7 +626,8 @@ def about_normalization(results: Results, plot: Plot) -> list[str]:
         f"{normalized(random[game], scale[:2]):.2f} in {game}" for game, scale in scales.items() if game in random
     ]
     early = [game for game, scale in scales.items() if scale.since is None]
-    sentences = [f"A random player would score {' and '.join(scores)}."] if scores else []
+    sentences = [f"Of the normalised return {EXTREMES}."] if plot.draw is draw_study else []
+    sentences += [f"A random player would score {' and '.join(scores)}."] if scores else []
     if early:
         sentences.append(f"In {', '.join(early)} no such agent step was reached: 0 and 1 are of ReLU's whole curve.")
     return sentences
