@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
 from lan_utils.cli import BadInput, leave, one_line_errors, parse
-from lan_utils.plots import figures
+from lan_utils.plots import figures, matplotlib
 from lan_utils.plots.events import REPRESENTATION, read_events, write_whole
+from lan_utils.plots.figures import Axes, Figure, Line2D
 from lan_utils.plots.results import Run, finals_of, read_config
 
 OBSERVATIONS = 150  # rows of a map of neurons
@@ -154,7 +151,7 @@ def main(args: Args) -> None:
         raise BadInput("name the folders of the runs to compare")
     runs = [read_run(folder) for folder in args.folders]
     print("\n".join(table(runs)))
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         buffer = BytesIO()
         draw(runs).savefig(buffer, format="png", metadata={"Software": None})
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -221,7 +221,7 @@ def test_a_legend_stays_within_its_figure(width):
     """Would catch: a row of five entries whose ends are cut off; or a column where a row would do."""
     labels = ["ReLU, 3 runs a game", "Tanh, 3 runs a game", "Sigmoid, 2 to 3 runs a game", "Tanh (LaN), 3 runs a game"]
     lines = [figures.Line2D([], [], label=label) for label in (*labels, figures.STD_DEAD_LABEL)]
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         figure = figures.Figure((width, 2.6), layout="constrained")
         figures.add_legend(figure, lines)
         (legend,) = figure.legends

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -48,14 +48,18 @@ AXES = {
     "effective_rank_centred": "effective rank, centred",
     "dead_factors": "dead neurons of the factors",
 }
-LOOK = {
-    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
-    **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-    **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
-    **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
-    **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
-}
+# For matplotlib.style: its own defaults first, whatever the user's matplotlibrc says.
+LOOK = (
+    "default",
+    {
+        **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
+        **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
+        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+        **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
+        **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
+        **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
+    },
+)
 BLACK, GREY, LIGHT = "#000000", "#666666", "#BBBBBB"
 STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
 
@@ -577,7 +581,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> tuple[bytes,
     """
     if plot.runs.algorithm not in results.lengths:
         return b"", f"not drawn, no {plot.runs.algorithm.upper()} run"
-    with matplotlib.rc_context(LOOK), warnings.catch_warnings():
+    with matplotlib.style.context(LOOK), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a game's name in a script that the font lacks
         figure, missing = plot.draw(results, plot)
         if figure is None:
