@@ -50,15 +50,10 @@ def run(words, folder, **environment):
     }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        pytest.param("plot_results", marks=pytest.mark.slow),
-        "compare",
-        pytest.param("diagrams", marks=pytest.mark.slow),
-        "experiment",
-    ],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("plot_results", "diagrams")]
+
+
+@pytest.mark.parametrize("what", ["compare", "experiment", *SLOW])
 def test_files_are_the_same_in_any_environment(tmp_path, runs_dir, what):
     """Would catch: a notebook's MPLBACKEND that ends the program, TeX that is not installed, ReLU's black line on a
     black ground, tables in the locale's encoding, an order that depends on the hashes of strings."""

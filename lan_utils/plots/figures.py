@@ -78,13 +78,15 @@ class Plot:
 
 
 def shown_activations(results: Results, plot: Plot) -> list[str]:
-    """The figure's; in one of the main set, also those that no figure of the study shows."""
-    shown = list(plot.runs.activations)
+    """The figure's, and the same of other experiments; in one of the main set, also those that no figure of the study
+    shows."""
+    drawn = results.drawn
+    found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
+    shown = set(plot.runs.activations)
     if plot.runs.activations == study.MAIN:
-        drawn = results.drawn
-        found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
-        shown += sorted(found - activations_of_study(plot.runs.algorithm) - set(shown))
-    return shown
+        shown |= {study.split_group(name)[0] for name in found} - activations_of_study(plot.runs.algorithm)
+    others = sorted(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
+    return [*plot.runs.activations, *others]
 
 
 def activations_of_study(algorithm: str) -> set[str]:
@@ -98,8 +100,9 @@ def axis_label(quantity: str) -> str:
 
 
 def plain(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: a dollar sign begins no formula, and nothing is endless."""
-    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, and what is too long loses its middle."""
+    half = longest // 2
+    return (text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}").replace("$", r"\$")
 
 
 def label_of(activation: str) -> str:

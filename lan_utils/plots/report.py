@@ -98,18 +98,26 @@ def make_claims(results: Results) -> pd.DataFrame:
         several, each on its own (returns only so: no two games count in the same points); `verdict` confirmed,
         contradicted or open.
     """
-    rows = [row for algorithm in results.lengths for row in claims_of(results, algorithm)]
+    rows = []
+    for algorithm in results.lengths:
+        drawn = results.drawn
+        groups = drawn.loc[drawn["algorithm"] == algorithm, "activation"]
+        for exp_name in sorted({"", *(study.split_group(group)[1] for group in groups)}):
+            rows += claims_of(results, algorithm, exp_name)
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
 
 
-def claims_of(results: Results, algorithm: str) -> list[list]:
-    """Rows of `make_claims` for one algorithm."""
+def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list]:
+    """Rows of `make_claims` for one algorithm; of an experiment beside the first, those that have a pair of runs."""
     rows = []
+    suffix = f"@{exp_name}" if exp_name else ""
 
     def values(activation: str, quantity: str) -> ByGame:
         return results.final_values(algorithm, activation, quantity)
 
     def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str) -> None:
+        if exp_name and not differences:
+            return
         groups = [{game: seeds} for game, seeds in differences.items()]
         if len(groups) != 1 and quantity != "final_return":
             groups = [differences, *groups]
@@ -120,14 +128,16 @@ def claims_of(results: Results, algorithm: str) -> list[list]:
             rows.append([algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)])
 
     for quantity, first, relation, second, when in CLAIMS:
+        first, second = first + suffix, second + suffix
         if when == MEAN:
             differences = pair_of_means(results, algorithm, quantity, first, second)
         else:
             differences = pair(values(first, quantity), values(second, quantity))
         add(differences, f"{first} {relation} {second}", quantity, when, relation)
-    differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
-    add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
+    differences = pair(*(values(f"tanh-lan{suffix}", quantity) for quantity in ("dead_neurons", "dead_factors")))
+    add(differences, f"tanh-lan{suffix}: z < mean of its factors", "dead_neurons", END, "<")
     for first, relation, second in RETURN_CLAIMS:
+        first, second = first + suffix, second + suffix
         for quantity in ("normalized_score", "final_return"):
             differences = pair(values(first, quantity), values(second, quantity))
             add(differences, f"{first} {relation} {second}", quantity, END, relation)
