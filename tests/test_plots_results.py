@@ -113,10 +113,8 @@ def test_two_experiments_are_drawn_side_by_side(tmp_path, runs_dir, capsys):
     wide = others["wide-1024@a_lr1e-4"]
     assert float(wide["rank_share"]) == pytest.approx(float(wide["effective_rank"]) / 1024)
     # The same seed of the same made-up learning: the study's ReLU is the baseline of both.
-    same = [
-        row["normalized_score"] for row in (both["PongNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"], *others.values())
-    ]
-    assert same[0] == same[1]
+    same = both["PongNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"], others["tanh-lan@a_lr1e-4"]
+    assert same[0]["normalized_score"] == same[1]["normalized_score"] != ""
 
     claims = pd.read_csv(tmp_path / "both" / "claims.csv")
     is_other = claims["claim"].str.contains("@")
