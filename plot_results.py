@@ -109,6 +109,7 @@ def main(args: Args) -> None:
     if "tables" in items:
         unfinished = sum(not run.finished for run in runs)
         summary = f"Runs in {runs_dir}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
+        summary += f" Experiments: {', '.join(args.exp_name)}." if args.exp_name else ""
         claims = report.make_claims(_results)
         report.write_csv(_results.runs, out_dir / "results.csv")
         report.write_csv(claims, out_dir / "claims.csv")

@@ -37,5 +37,5 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, runs_dir):
         assert str(refused.value) == (f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
     done = run_script("scripts/compare.py", run, "--exp-name", "typo", "--out", tmp_path / "compare.png")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --exp-name typo: no run has it; there are dqn_atari_lan (1 runs)\n"
+    assert done.stderr == "error: --exp-name typo: no run has it; there are: dqn_atari_lan\n"
     assert not (tmp_path / "compare.png").exists()

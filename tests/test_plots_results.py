@@ -122,7 +122,9 @@ def test_two_experiments_are_drawn_side_by_side(tmp_path, runs_dir, capsys):
     assert set(claims[is_other]["claim"]) == {"tanh-lan@a_lr1e-4: z < mean of its factors"}
     curves = pd.read_csv(tmp_path / "both" / "curves.csv.gz")
     assert not curves.duplicated(["algorithm", "game", "activation", "seed", "agent_steps", "quantity"]).any()
-    assert "| DQN | Tanh (LaN), a_lr1e-4 | 1 | 0 | 1 |" in (tmp_path / "both" / "results.md").read_text()
+    tables = (tmp_path / "both" / "results.md").read_text()
+    assert "12 found, 12 drawn, 0 unfinished. Experiments: dqn_atari_lan, a_lr1e-4.\n" in tables
+    assert "| DQN | Tanh (LaN), a_lr1e-4 | 1 | 0 | 1 |" in tables
 
 
 def test_every_experiment_has_its_own_line(tmp_path, runs_dir):
@@ -155,7 +157,9 @@ def test_of_each_algorithm_the_first_experiment_named_is_the_usual_one(runs_dir)
         ("ppo_atari_lan", "tanh"),
         ("ppo_other", "tanh@ppo_other"),
     }
-    with pytest.raises(results.BadInput, match=r"--exp-name typo: no run has it; there are dqn_atari_lan \(1 runs\), "):
+    with pytest.raises(
+        results.BadInput, match=r"--exp-name typo: no run has it; there are: dqn_atari_lan, dqn_other, ppo_"
+    ):
         results.choose_experiments(runs, ("typo",))
 
 

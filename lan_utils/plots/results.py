@@ -211,11 +211,10 @@ def choose_experiments(runs: Sequence[Run], exp_names: Sequence[str]) -> list[Ru
     Raises:
         BadInput: no run is of one of these experiments.
     """
-    found = Counter(run.exp_name for run in runs)
+    found = {run.exp_name for run in runs}
     for name in exp_names:
         if name not in found:
-            there = ", ".join(f"{known or 'none'} ({n} runs)" for known, n in found.most_common())
-            raise BadInput(f"--exp-name {name}: no run has it; there are {there}")
+            raise BadInput(f"--exp-name {name}: no run has it; there are: {', '.join(sorted(filter(None, found)))}")
     chosen = [run for run in runs if not exp_names or run.exp_name in exp_names]
     for algorithm in {run.algorithm for run in chosen} if exp_names else ():
         names = {run.exp_name for run in chosen if run.algorithm == algorithm}
@@ -283,8 +282,10 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
             best = max(
                 twins,
                 key=lambda run: (
-                    *(equally_long(run.planned_steps, planned), named[run.exp_name]),
-                    *(run.finished, run.agent_steps),
+                    equally_long(run.planned_steps, planned),
+                    named[run.exp_name],
+                    run.finished,
+                    run.agent_steps,
                 ),
             )
             for run in twins:
