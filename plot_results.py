@@ -3,6 +3,7 @@
 python plot_results.py --runs-dir runs --out-dir figures
 python plot_results.py --only fig05a fig06          (some of the figures)
 python plot_results.py --allow-unfinished           (a look at runs that are still training)
+python plot_results.py --exp-name dqn_atari_lan lr1e-4   (two experiments, side by side)
 
 What was left out, and why, stands on stderr; the rest in `index.html`, `results.md` and the tables `results.csv`
 (a row per run), `curves.csv.gz` (a row per point) and `claims.csv` (the paper's claims) of the out folder. Beyond the
@@ -24,7 +25,15 @@ from lan_utils.plots.command import (
     read_runs,
     workers,
 )
-from lan_utils.plots.results import Results, algorithms_of, describe_runs, find_runs, make_results, select_runs
+from lan_utils.plots.results import (
+    Results,
+    algorithms_of,
+    choose_experiments,
+    describe_runs,
+    find_runs,
+    make_results,
+    select_runs,
+)
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Args:
     """folder of what is drawn, and of the cache"""
     only: tuple[str, ...] = ()
     """beginnings of the names of what to draw, e.g. fig05a fig06; "tables" are the CSV files and results.md"""
+    exp_name: tuple[str, ...] = ()
+    """draw the runs of these experiments only; those after the first as groups of their own, side by side with it"""
     allow_unfinished: bool = False
     """draw unfinished and shorter runs too; curves end where the shortest seed of a group ends"""
 
@@ -51,17 +62,18 @@ def draw(name: str, plot: figures.Plot, out_dir: Path) -> figures.Drawn:
 def main(args: Args) -> None:
     global _results
     runs_dir, out_dir = Path(args.runs_dir), Path(args.out_dir)
-    runs, messages = find_runs(runs_dir, out_dir)
+    found, messages = find_runs(runs_dir, out_dir)
+    runs = choose_experiments(found, args.exp_name)
     plots = figures.figures_of(algorithms_of(runs))
     items = choose_items(args.only, plots)
     cache = prepare_out_dir(out_dir, items)
 
-    read_runs(runs, cache)
+    read_runs(found, cache)  # all, or the others' cache would be deleted
     lengths = select_runs(runs, args.allow_unfinished)
     messages += describe_runs(runs)
     _results, unnormalised = make_results(runs, lengths)
     messages += unnormalised
-    for run in runs:
+    for run in found:
         run.points = {}  # from here on there are curves
     drawn = [run for run in runs if not run.left_out]
     if not drawn and any(run.left_out == "unfinished" for run in runs):
@@ -97,6 +109,7 @@ def main(args: Args) -> None:
     if "tables" in items:
         unfinished = sum(not run.finished for run in runs)
         summary = f"Runs in {runs_dir}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
+        summary += f" Experiments: {', '.join(args.exp_name)}." if args.exp_name else ""
         claims = report.make_claims(_results)
         report.write_csv(_results.runs, out_dir / "results.csv")
         report.write_csv(claims, out_dir / "claims.csv")

@@ -47,16 +47,32 @@ ACTIVATIONS = {
     "relu-lan": Style("ReLU (LaN)", "#7F7F7F", (0, (4, 1.2, 1, 1.2))),
     "sigmoid-lan": Style("Sigmoid (LaN)", "#332288", (0, (1, 1))),
 }
+DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments beside the first
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 
 
-def style(activation: str) -> Style:
-    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name."""
-    if activation in ACTIVATIONS:
-        return ACTIVATIONS[activation]
+def style(group: str) -> Style:
+    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name.
+
+    Args:
+        group: an activation, or `<activation>@<exp_name>` for that of a second experiment beside the first.
+    """
+    if group in ACTIVATIONS:
+        return ACTIVATIONS[group]
     # Dark enough to be read on white: each channel below 200.
-    red, green, blue = (byte % 200 for byte in zlib.crc32(activation.encode()).to_bytes(4, "big")[1:])
-    return Style(activation, f"#{red:02X}{green:02X}{blue:02X}", (0, (2, 1)))
+    red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
+    color = f"#{red:02X}{green:02X}{blue:02X}"
+    activation, exp_name = split_group(group)
+    if exp_name:
+        first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
+        return first._replace(label=f"{first.label}, {exp_name}", color=color, dashes=(0, dashes))
+    return Style(activation, color, (0, (2, 1)))
+
+
+def split_group(group: str) -> tuple[str, str]:
+    """(activation, exp_name) of `<activation>@<exp_name>`; the exp_name is "" for the first experiment's groups."""
+    activation, _, exp_name = group.partition("@")
+    return activation, exp_name
 
 
 class Runs(NamedTuple):

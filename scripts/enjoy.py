@@ -67,7 +67,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     file = folder / "config.json"
     refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")
     refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder, e.g. {folder.parent}")
-    inside = sorted(run.parent for run in folder.glob("*/config.json"))
+    inside = [run.parent for depth in ("*", "*/*") for run in sorted(folder.glob(f"{depth}/config.json"))]
     hint = f"one of those in it, e.g. {inside[0]}" if inside else "another one"
     refuse_unless(os.path.lexists(file), f"{folder} is not a run's folder (no config.json); name {hint}")
     config = read_json(file)

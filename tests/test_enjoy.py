@@ -247,6 +247,10 @@ def test_flags_are_refused_by_the_name_that_was_typed(tmp_path, monkeypatch):
     ):
         with pytest.raises(BadInput, match=f"^{message}"):
             play(tmp_path, **flags)
+    (tmp_path / "machine" / "deeper_run").mkdir(parents=True)
+    (tmp_path / "machine" / "deeper_run" / "config.json").touch()
+    with pytest.raises(BadInput, match=f"one of those in it, e.g. {tmp_path}/machine/deeper_run"):
+        play(tmp_path)
     (tmp_path / "a_run").mkdir()
     (tmp_path / "a_run" / "config.json").touch()
     with pytest.raises(BadInput, match=f"one of those in it, e.g. {tmp_path}/a_run"):

@@ -225,7 +225,7 @@ def test_a_legend_stays_within_its_figure(width):
     """Would catch: a row of five entries whose ends are cut off; or a column where a row would do."""
     labels = ["ReLU, 3 runs a game", "Tanh, 3 runs a game", "Sigmoid, 2 to 3 runs a game", "Tanh (LaN), 3 runs a game"]
     lines = [figures.Line2D([], [], label=label) for label in (*labels, figures.STD_DEAD_LABEL)]
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         figure = figures.Figure((width, 2.6), layout="constrained")
         figures.add_legend(figure, lines)
         (legend,) = figure.legends
@@ -308,7 +308,7 @@ def test_every_game_has_more_than_two_ticks_of_agent_steps(tmp_path, runs_dir):
     """Would catch: panels side by side with nothing but 0 and 100 k below them."""
     for game in ("Breakout", "Pong"):
         make_run(runs_dir, "ppo", game, "relu", 1, agent_steps=199_680)
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         figure, _ = figures.draw_games(read_study(runs_dir, tmp_path), figures.FIGURES["fig17_ppo_games"])
         for axes in figure.axes:
             assert sum(0 <= tick <= 199_680 for tick in axes.get_xticks()) > 2

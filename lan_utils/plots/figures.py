@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -48,14 +48,18 @@ AXES = {
     "effective_rank_centred": "effective rank, centred",
     "dead_factors": "dead neurons of the factors",
 }
-LOOK = {
-    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
-    **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-    **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
-    **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
-    **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
-}
+# For matplotlib.style: its own defaults first, whatever the user's matplotlibrc says.
+LOOK = (
+    "default",
+    {
+        **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
+        **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
+        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+        **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
+        **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
+        **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
+    },
+)
 BLACK, GREY, LIGHT = "#000000", "#666666", "#BBBBBB"
 STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
 
@@ -84,13 +88,15 @@ class Plot:
 
 
 def shown_activations(results: Results, plot: Plot) -> list[str]:
-    """The figure's; in one of the main set, also those that no figure of the study shows."""
-    shown = list(plot.runs.activations)
+    """The figure's, and the same of other experiments; in one of the main set, also those that no figure of the study
+    shows."""
+    drawn = results.drawn
+    found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
+    shown = set(plot.runs.activations)
     if plot.runs.activations == study.MAIN:
-        drawn = results.drawn
-        found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
-        shown += sorted(found - activations_of_study(plot.runs.algorithm) - set(shown))
-    return shown
+        shown |= {study.split_group(name)[0] for name in found} - activations_of_study(plot.runs.algorithm)
+    others = sorted(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
+    return [*plot.runs.activations, *others]
 
 
 def activations_of_study(algorithm: str) -> set[str]:
@@ -104,8 +110,9 @@ def axis_label(quantity: str) -> str:
 
 
 def plain(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: a dollar sign begins no formula, and nothing is endless."""
-    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, and what is too long loses its middle."""
+    half = longest // 2
+    return (text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}").replace("$", r"\$")
 
 
 def label_of(activation: str) -> str:
@@ -641,7 +648,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
     """
     if plot.runs.algorithm not in results.lengths:
         return Drawn(b"", "", f"not drawn, no {plot.runs.algorithm.upper()} run")
-    with matplotlib.rc_context(LOOK), warnings.catch_warnings():
+    with matplotlib.style.context(LOOK), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a game's name in a script that the font lacks
         figure, missing = plot.draw(results, plot)
         if figure is None:

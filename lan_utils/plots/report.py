@@ -108,18 +108,26 @@ def make_claims(results: Results) -> pd.DataFrame:
         several, each on its own (returns only so: no two games count in the same points); `pairs` that have a value,
         `without_value` those of which a run has none; `verdict` confirmed, contradicted or open.
     """
-    rows = [row for algorithm in results.lengths for row in claims_of(results, algorithm)]
+    rows = []
+    for algorithm in results.lengths:
+        drawn = results.drawn
+        groups = drawn.loc[drawn["algorithm"] == algorithm, "activation"]
+        for exp_name in sorted({"", *(study.split_group(group)[1] for group in groups)}):
+            rows += claims_of(results, algorithm, exp_name)
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
 
 
-def claims_of(results: Results, algorithm: str) -> list[list]:
-    """Rows of `make_claims` for one algorithm."""
+def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list]:
+    """Rows of `make_claims` for one algorithm; of an experiment beside the first, those that have a pair of runs."""
     rows = []
+    suffix = f"@{exp_name}" if exp_name else ""
 
     def values(activation: str, quantity: str) -> ByGame:
         return results.final_values(algorithm, activation, quantity)
 
     def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, runs: ByGame) -> None:
+        if exp_name and not differences:
+            return
         groups = [[game] for game in runs]
         if len(groups) != 1 and quantity != "final_return":
             groups = [list(runs), *groups]
@@ -136,15 +144,17 @@ def claims_of(results: Results, algorithm: str) -> list[list]:
         return pair(values(first, "seed"), values(second, "seed"))
 
     for quantity, first, relation, second, when in CLAIMS:
+        first, second = first + suffix, second + suffix
         if when == MEAN:
             differences = pair_of_means(results, algorithm, quantity, first, second)
         else:
             differences = pair(values(first, quantity), values(second, quantity))
         add(differences, f"{first} {relation} {second}", quantity, when, relation, pairs_of_runs(first, second))
-    differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
-    runs = pairs_of_runs("tanh-lan", "tanh-lan")
-    add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<", runs)
+    lan = f"tanh-lan{suffix}"
+    differences = pair(*(values(lan, quantity) for quantity in ("dead_neurons", "dead_factors")))
+    add(differences, f"{lan}: z < mean of its factors", "dead_neurons", END, "<", pairs_of_runs(lan, lan))
     for first, relation, second in RETURN_CLAIMS:
+        first, second = first + suffix, second + suffix
         for quantity in ("normalized_score", "final_return"):
             differences = pair(values(first, quantity), values(second, quantity))
             add(differences, f"{first} {relation} {second}", quantity, END, relation, pairs_of_runs(first, second))

@@ -1,9 +1,11 @@
 """Run folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
 
+import contextlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +46,7 @@ class Run:
     folder: Path
     algorithm: str  # "" where config.json does not say
     game: str
-    activation: str
+    activation: str  # `<activation>@<exp_name>` where it is drawn beside another experiment
     seed: int
     flags: dict[str, Any]
     finished: bool
@@ -56,6 +58,11 @@ class Run:
     @property
     def name(self) -> str:
         return printable(self.folder.name)
+
+    @property
+    def exp_name(self) -> str:
+        name = self.flags.get("exp_name")
+        return printable(name) if isinstance(name, str) else ""
 
     @property
     def planned_steps(self) -> int:
@@ -70,7 +77,9 @@ def printable(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------- find runs
 
-RUN_NAME = re.compile(r"(?P<game>\w+)NoFrameskip-v4__.+__(?P<activation>[a-z0-9-]+)__(?P<seed>[0-9]{1,18})")
+RUN_NAME = re.compile(
+    r"(?P<game>\w+)NoFrameskip-v4__(?P<exp_name>.+)__(?P<activation>[a-z0-9-]+)__(?P<seed>[0-9]{1,18})"
+)
 
 
 def read_json(path: Path) -> Any:
@@ -130,6 +139,8 @@ def read_config(folder: Path) -> Run:
 def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
     """The runs in a folder, without their points, and a message on what else is there.
 
+    A folder with neither a config.json nor a .lock is no run of ours, whatever its name.
+
     Raises:
         BadInput: there is no such folder, or no run in it.
     """
@@ -146,17 +157,73 @@ def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
             runs.append(read_config(folder))
         except (OSError, ValueError) as error:
             match = RUN_NAME.fullmatch(folder.name)
-            if not match:
-                strangers.append(printable(folder.name))
+            is_foreign = isinstance(error, FileNotFoundError) and not os.path.lexists(folder / ".lock")
+            if not match or is_foreign:
+                strangers.append(folder)
                 continue
             detail = "" if isinstance(error, (OSError, json.JSONDecodeError)) else f" ({error})"
             reason = f"config.json is missing or unreadable{printable(detail)}"
-            runs.append(Run(folder, "", match["game"], match["activation"], int(match["seed"]), {}, False, reason))
+            flags = {"exp_name": match["exp_name"]}
+            runs.append(Run(folder, "", match["game"], match["activation"], int(match["seed"]), flags, False, reason))
+    holders = sorted({run.parent for folder in strangers for run in runs_below(folder)})
     if not runs:
-        hint = "it is a run's folder itself: name its parent" if (runs_dir / "config.json").exists() else "train first"
+        hint = "train first"
+        if holders:
+            hint = f"it holds folders of runs: name one of them, {some_of(map(str, holders))}"
+        elif (runs_dir / "config.json").exists():
+            hint = "it is a run's folder itself: name its parent"
+        elif strangers:
+            hint = f"none of its folders has a config.json that a run wrote: {some_of(map(name_of, strangers))}"
         raise BadInput(f"--runs-dir {runs_dir} holds no run; {hint}")
-    messages = [f"{len(strangers)} folders are no runs: {', '.join(strangers)}"] if strangers else []
+    messages = []
+    if strangers:
+        what = f"{len(strangers)} folders are no runs" if len(strangers) > 1 else "1 folder is no run"
+        messages.append(f"{what}: {', '.join(map(name_of, strangers))}")
+    if holders:
+        messages.append(f"not drawn, in folders of their own: the runs in {some_of(map(str, holders))}")
     return runs, messages
+
+
+def name_of(folder: Path) -> str:
+    return printable(folder.name)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first five."""
+    names = list(map(printable, names))
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The run folders one and two levels below a folder."""
+    found = []
+    for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(read_config(config.parent).folder)
+    return found
+
+
+def choose_experiments(runs: Sequence[Run], exp_names: Sequence[str]) -> list[Run]:
+    """The runs of these experiments; all of them where none is named.
+
+    Of each algorithm, the runs of the first experiment named stay as they are. Every other experiment's activations
+    become groups of their own, `<activation>@<exp_name>`.
+
+    Raises:
+        BadInput: no run is of one of these experiments.
+    """
+    found = {run.exp_name for run in runs}
+    for name in exp_names:
+        if name not in found:
+            raise BadInput(f"--exp-name {name}: no run has it; there are: {', '.join(sorted(filter(None, found)))}")
+    chosen = [run for run in runs if not exp_names or run.exp_name in exp_names]
+    for algorithm in {run.algorithm for run in chosen} if exp_names else ():
+        names = {run.exp_name for run in chosen if run.algorithm == algorithm}
+        first = min(names, key=exp_names.index)
+        for run in chosen:
+            if run.algorithm == algorithm and run.exp_name != first:
+                run.activation += f"@{run.exp_name}"
+    return chosen
 
 
 def algorithms_of(runs: Sequence[Run]) -> list[str]:
@@ -207,12 +274,21 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
     for algorithm in algorithms_of(runs):
         candidates = [run for run in runs if run.algorithm == algorithm and not run.left_out]
         planned = usual_length([run.planned_steps for run in candidates]) if candidates else 0
+        named = Counter(run.exp_name for run in runs if run.algorithm == algorithm)
         same = defaultdict(list)
         for run in candidates:
             same[run.game, run.activation, run.seed].append(run)
         for twins in same.values():
-            # Two experiments of one seed are not two seeds; a quick try does not replace the study's run.
-            best = max(twins, key=lambda run: (equally_long(run.planned_steps, planned), run.finished, run.agent_steps))
+            # Two experiments of one seed are not two seeds; no quick try and no ablation replaces the study's run.
+            best = max(
+                twins,
+                key=lambda run: (
+                    equally_long(run.planned_steps, planned),
+                    named[run.exp_name],
+                    run.finished,
+                    run.agent_steps,
+                ),
+            )
             for run in twins:
                 if run is not best:
                     run.left_out = f"same seed as {best.name}"
@@ -249,8 +325,9 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
         which = "; ".join(f"{game} {', '.join(found)}" for game, found in by_game.items())
         lines.append(f"missing, {algorithm} {activation}, {len(seeds)} run(s) that others have: {which}")
     harmless = study.NEUTRAL_FLAGS | study.NAMING_FLAGS
-    for algorithm in algorithms_of(runs):
-        drawn = [run for run in runs if run.algorithm == algorithm and not run.left_out]
+    for algorithm, exp_name, found in by_experiment(runs):
+        drawn = [run for run in found if not run.left_out]
+        whose = f"{algorithm} runs of {exp_name}" if exp_name else f"{algorithm} runs"
         for flag in sorted({flag for run in drawn for flag in run.flags} - harmless):
             values = defaultdict(list)
             for run in drawn:
@@ -262,16 +339,25 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
                     + (f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if i else "")
                     for i, (value, names) in enumerate(ranked)
                 )
-                lines.append(f"mixed, {algorithm} runs differ in --{printable(flag).replace('_', '-')}: {which}")
+                lines.append(f"mixed, {whose} differ in --{printable(flag).replace('_', '-')}: {which}")
     lines += [f"damaged, {run.name}: {printable(', '.join(run.problems))}" for run in runs if run.problems]
     return lines
+
+
+def by_experiment(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
+    """(algorithm, exp_name, runs) of each experiment; the first experiment's exp_name is ""."""
+    for algorithm in algorithms_of(runs):
+        found = defaultdict(list)
+        for run in runs:
+            if run.algorithm == algorithm:
+                found[study.split_group(run.activation)[1]].append(run)
+        yield from ((algorithm, exp_name, found[exp_name]) for exp_name in sorted(found))
 
 
 def missing_runs(runs: Sequence[Run]) -> dict[tuple[str, str], list[tuple[str, int]]]:
     """(game, seed) that other activations of the algorithm have, and not even an unfinished run here."""
     missing = {}
-    for algorithm in algorithms_of(runs):
-        found = [run for run in runs if run.algorithm == algorithm]
+    for algorithm, _, found in by_experiment(runs):
         wanted = {(run.game, run.seed) for run in found}
         for activation in activations_of(found):
             has = {(run.game, run.seed) for run in found if run.activation == activation}
