@@ -19,6 +19,10 @@ from tqdm import tqdm
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
 # What terminals and batch systems send ahead of the end: save and leave. SIGQUIT stays an end at once.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+TOO_MANY = (
+    "error: the system allows no more processes or threads (a container's pids limit, or ulimit -u): raise it, or take "
+    "fewer by --num-threads 1 and PPO's --no-async-envs"
+)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,6 +78,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     try:
         with one_line_errors():
             main(args)
+    except BlockingIOError:
+        leave(1, TOO_MANY)
     except OSError as error:
         disk_full = error.errno in DISK_FULL
         reason = str(error.strerror or error).split("\n", 1)[0]
@@ -89,6 +95,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         leave(130, "interrupted before the training began")
     except Exception as error:
         first_line = str(error).split("\n", 1)[0]
+        if first_line == "can't start new thread":
+            leave(1, TOO_MANY)
         # torch's own has this name; importing torch for it would cost the plots a second.
         is_out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if is_out_of_memory or "can't allocate memory" in str(error):

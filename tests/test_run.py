@@ -701,6 +701,22 @@ def test_the_header_says_what_is_about_to_happen(tmp_path, capsys):
     assert lines[4:] == ["  agent steps 9,999,360"]
 
 
+def test_torch_takes_no_more_threads_than_a_quota_has_cores_for(monkeypatch):
+    """Would catch: 64 threads that share the time of two cores; a number that somebody chose, overruled."""
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    run_module.set_up(dqn.Args())
+    assert taken == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_module.set_up(dqn.Args())
+    run_module.set_up(dqn.Args(num_threads=3))
+    assert taken == [2, 3]
+    torch.use_deterministic_algorithms(False)
+
+
 def test_what_is_due_when_turns_are_many_steps_long(tmp_path):
     """Would catch: a measurement that is skipped because no rollout ends at its step, or one that is made twice."""
     run = Run("dqn", dqn.Args(runs_dir=str(tmp_path)), torch.device("cpu"), np.random.default_rng(1), stride=384)
