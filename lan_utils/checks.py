@@ -146,11 +146,10 @@ def check_ffmpeg(flag: str) -> None:
             for _ in range(3):
                 writer.send(bytes(160 * 210 * 3))
             writer.close()
-            frames, _ = imageio_ffmpeg.count_frames_and_secs(film)
+            imageio_ffmpeg.count_frames_and_secs(film)
     except Exception as error:  # whatever it is, it would end the run after its training
         reason = str(error).strip().split("\n", 1)[0]
         raise BadInput(f"{flag} needs a working ffmpeg ({program}): {reason}") from None
-    refuse_unless(frames == 3, f"{flag} needs a working ffmpeg ({program}): it lost {3 - frames} of 3 pictures")
 
 
 def check_wandb(name: str, project: str, entity: str | None) -> None:

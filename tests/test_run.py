@@ -451,6 +451,7 @@ def test_a_closed_terminal_stops_a_run_and_its_games_together(runs_dir):
     flags = ["--runs-dir", str(runs_dir), "--checkpoint-frequency", "0", "--total-timesteps", "100000"]
     process, terminal = on_a_terminal([sys.executable, *RUNS["ppo-async"], *flags])
     os.close(terminal)
+    os.killpg(process.pid, signal.SIGHUP)  # as the shell does, which gets it first
     assert process.wait(60) == 128 + signal.SIGHUP
     assert len(list(runs_dir.glob("*/checkpoints/*.ckpt"))) == 1
     assert status(runs_dir)["state"] == "stopped"
