@@ -162,6 +162,7 @@ BROKEN_FFMPEGS = {
     "exits with 127": "exit 127",
     "has a version only": "echo ffmpeg version 7.0; exit 1",
     "writes nothing": "cat > /dev/null",
+    "has encoders that do not encode": """case "$*" in *film.mp4) cat > /dev/null; exit 0; esac; exec "$REAL" "$@" """,
     "leaves an empty film": 'cat > /dev/null; for film; do :; done; case "$film" in *.mp4) : > "$film"; esac',
 }
 
@@ -173,6 +174,7 @@ def test_an_ffmpeg_that_cannot_film_is_refused(monkeypatch, tmp_path, content):
     if content:
         program.write_text(f"#!/bin/sh\n{content}\n")
         program.chmod(0o755)
+    monkeypatch.setenv("REAL", checks.imageio_ffmpeg.get_ffmpeg_exe())
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
     with pytest.raises(BadInput, match=r"^--capture-video needs a working ffmpeg ") as error:
         checks.check_ffmpeg("--capture-video")
