@@ -149,7 +149,10 @@ def check_ffmpeg(flag: str) -> None:
             imageio_ffmpeg.count_frames_and_secs(film)
     except Exception as error:  # whatever it is, it would end the run after its training
         reason = str(error).strip().split("\n", 1)[0]
-        raise BadInput(f"{flag} needs a working ffmpeg ({program}): {reason}") from None
+        raise BadInput(
+            f"{flag} needs a working ffmpeg, and this one cannot encode a film: {program} ({reason}); "
+            "name another one by IMAGEIO_FFMPEG_EXE"
+        ) from None
 
 
 def check_wandb(name: str, project: str, entity: str | None) -> None:

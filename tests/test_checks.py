@@ -176,7 +176,9 @@ def test_an_ffmpeg_that_cannot_film_is_refused(monkeypatch, tmp_path, content):
         program.chmod(0o755)
     monkeypatch.setenv("REAL", checks.imageio_ffmpeg.get_ffmpeg_exe())
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
-    with pytest.raises(BadInput, match=r"^--capture-video needs a working ffmpeg ") as error:
+    with pytest.raises(
+        BadInput, match=r"^--capture-video needs a working ffmpeg, and this one cannot encode a film: "
+    ) as error:
         checks.check_ffmpeg("--capture-video")
     assert str(program) in str(error.value)
     assert "\n" not in str(error.value)
