@@ -11,7 +11,6 @@ without them this is plain PPO.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from lan_utils.atari import AleGames, VectorGames, WholeGames, play_games
 from lan_utils.checkpoint import Variables
 from lan_utils.checks import check_common_flags, check_memory, refuse_unless, require
 from lan_utils.cli import launch
+from lan_utils.machine import usable_cores
 from lan_utils.run import Run, RunArgs, set_up
 
 
@@ -72,7 +72,7 @@ class Args(RunArgs):
     """end an update's passes once the policy has moved this far (Table 4)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
-    async_envs: bool = field(default_factory=lambda: len(os.sched_getaffinity(0)) > 2)
+    async_envs: bool = field(default_factory=lambda: usable_cores() > 2)
     """step the environments in worker processes; by default where there are more than two CPU cores"""
 
 

@@ -11,12 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import tyro
 from tqdm import tqdm
 
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
+# What terminals and batch systems send ahead of the end: save and leave. SIGQUIT stays an end at once.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+TOO_MANY = (
+    "error: the system allows no more processes or threads (a container's pids limit, or ulimit -u): raise it, or take "
+    "fewer by --num-threads 1 and PPO's --no-async-envs"
+)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -72,9 +78,12 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
     try:
         with one_line_errors():
             main(args)
+    except BlockingIOError:
+        leave(1, TOO_MANY)
     except OSError as error:
         disk_full = error.errno in DISK_FULL
-        what = f"cannot use {error.filename or 'the run folder'}: {error.strerror or error}"
+        reason = str(error.strerror or error).split("\n", 1)[0]
+        what = f"cannot use {error.filename or 'the run folder'}: {reason}"
         remedy = "free some space, then" if disk_full else "mend that, then"
         line = f"error: {what}. The last checkpoint, if there was one, is whole: {remedy} resume with {same_command()}"
         leave(1, line, at_once=disk_full)
@@ -86,12 +95,15 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         leave(130, "interrupted before the training began")
     except Exception as error:
         first_line = str(error).split("\n", 1)[0]
+        if first_line == "can't start new thread":
+            leave(1, TOO_MANY)
         # torch's own has this name; importing torch for it would cost the plots a second.
         is_out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if is_out_of_memory or "can't allocate memory" in str(error):
             leave(1, f"error: out of memory: {first_line}; free some, then resume with {same_command()}")
         if getattr(args, "compile", False) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            leave(1, f"error: --compile failed: {first_line}; start anew without it")
+            remedy = "start anew without it, under another --exp-name or with --overwrite"
+            leave(1, f"error: --compile failed: {first_line}; {remedy}")
         raise
     finally:
         for worker in multiprocessing.active_children():  # they ignore the SIGTERM that python would send
@@ -100,22 +112,23 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
 
 def leave(code: int, message: str, at_once: bool = False) -> NoReturn:
     """Print one line on stderr and exit; `at_once` where TensorBoard's writer would wait for a full disk."""
-    print(message, file=sys.stderr, flush=True)
+    print_line(message, sys.stderr)
     if at_once:
         os._exit(code)
     sys.exit(code)
 
 
-def print_line(line: str) -> None:
-    """Print a line; training goes on when nobody reads any more."""
+def print_line(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default on stdout; training goes on when nobody reads any more, or the terminal is closed."""
+    stream = stream or sys.stdout
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print_line(f"warning: {message}", sys.stderr)
 
 
 def same_command() -> str:

@@ -27,8 +27,9 @@ import metrics
 from lan_utils import checkpoint
 from lan_utils.atari import ended_games
 from lan_utils.checks import free_memory, refuse_unless
-from lan_utils.cli import BadInput, Progress, RunFailed, Stopped, print_line, warn
+from lan_utils.cli import STOP_SIGNALS, BadInput, Progress, RunFailed, Stopped, print_line, warn
 from lan_utils.folder import RunFolder, describe
+from lan_utils.machine import usable_cores
 from lan_utils.study import RunName
 
 LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
@@ -65,7 +66,7 @@ class RunArgs(RunName):
     torch_deterministic: bool = True
     """deterministic kernels: the same seed gives the same weights"""
     num_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice"""
+    """CPU threads of torch; 0 leaves torch's own choice, within what a container allows"""
     tf32: bool = False
     """TensorFloat-32 on CUDA: faster, rounds differently"""
     amp: bool = False
@@ -87,6 +88,8 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())  # torch does not know a container's quota
     precision = "tf32" if args.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.fp32_precision = precision
@@ -161,17 +164,20 @@ class Run:
         parameters = sum(weight.numel() for weight in network.parameters())
         config = describe(self.algorithm, self.args, self.device, parameters)
         old = self.folder.claim()
-        if old is None:
-            self.folder.write_config(config)
-        else:
+        if old is not None:
             self._load()
+        if old:
             self.folder.record_changes(old, config, self.step)
+        else:
+            self.folder.write_config(config)
         if self.args.track:
             self._mirror(config)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
         atexit.register(self._close)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
+        for signum in STOP_SIGNALS:
+            # `nohup` ignores SIGHUP. What bash starts with & ignores SIGINT, although nobody asked for that.
+            if signum in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._on_signal)
         self.progress = Progress(self.total, self.step)
         self._write_status("running")
         self._print_header(config)
@@ -187,7 +193,9 @@ class Run:
             file = self.checkpoints.folder / f"{state['step']:010d}.ckpt"
             try:
                 run = state["run"]
-                self.folder.compare(run["algorithm"], run["args"], f"{file} is a checkpoint of other flags")
+                what = f"{file} is a checkpoint of other flags"
+                remedy = "restore this run's checkpoints, use another --exp-name, or --overwrite"
+                self.folder.compare(run["algorithm"], run["args"], what, remedy)
                 if self._saved is not None:  # read only to know which parts it needs
                     continue
                 returns = [float(score) for score in state["returns"]]
@@ -217,16 +225,20 @@ class Run:
     def _mirror(self, config: dict[str, Any]) -> None:
         import wandb
 
-        wandb.init(
-            project=self.args.wandb_project_name,
-            entity=self.args.wandb_entity,
-            id=self.folder.path.name,
-            name=self.folder.path.name,
-            resume="allow",
-            config=config["args"],
-            sync_tensorboard=True,
-            dir=str(self.folder.path),
-        )
+        try:
+            wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                id=self.folder.path.name,
+                name=self.folder.path.name,
+                resume="allow",
+                config=config["args"],
+                sync_tensorboard=True,
+                dir=str(self.folder.path),
+            )
+        except Exception as error:  # no network, no such entity: only its server knows
+            reason = str(error).split("\n", 1)[0]
+            raise RunFailed(f"--track: Weights & Biases says: {reason}; mend that, or start without --track") from None
 
     def _print_header(self, config: dict[str, Any]) -> None:
         """What is about to happen, before the first step."""
@@ -241,7 +253,8 @@ class Run:
     def _on_signal(self, signum: int, frame: Any) -> None:
         if not self.signum:
             self.signum, self._signalled_at = signum, time.monotonic()
-        elif time.monotonic() - self._signalled_at > 1:  # launchers may send one signal twice
+        # Launchers may send one signal twice, and the kernel sends SIGXCPU every second.
+        elif signum in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self._signalled_at > 1:
             os._exit(128 + signum)
         if self._stops_at_once:
             self._stop()
@@ -416,7 +429,7 @@ class Run:
         buffer = io.BytesIO()  # torch.save would hide a full disk's error behind its own
         torch.save({name: weight.cpu() for name, weight in network.state_dict().items()}, buffer)
         checkpoint.replace(self.folder.path / "model.pt", lambda file: file.write(buffer.getbuffer()))
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)  # it has finished: nothing is left to stop
         self._write_status("finished")
         self.checkpoints.delete(keep=set())

@@ -66,7 +66,8 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     """
     file = folder / "config.json"
     refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")
-    refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder, e.g. {folder.parent}")
+    example = f", e.g. {folder.parent}" if (folder.parent / "config.json").exists() else ""
+    refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder{example}")
     inside = [run.parent for depth in ("*", "*/*") for run in sorted(folder.glob(f"{depth}/config.json"))]
     hint = f"one of those in it, e.g. {inside[0]}" if inside else "another one"
     refuse_unless(os.path.lexists(file), f"{folder} is not a run's folder (no config.json); name {hint}")

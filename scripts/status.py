@@ -35,10 +35,12 @@ from lan_utils.study import ROOT, RunName, run_name
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ")
 EXIT = re.compile(r"=== \S+ exit (\d+)")
-STOPPED = ("130", "143")  # exit codes: stopped by a signal, resumes
+STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes: stopped by a signal, resumes
 LOG_TAIL = 20_000  # bytes
 JSON_LIMIT = 1_000_000  # bytes
-FRESH_SECONDS = 600  # a run on another host, whose lock may not be seen here, is at work if it wrote so lately
+FRESH_SECONDS = (
+    600  # a run whose lock may not be seen here, such as one on another host, is at work if it wrote so lately
+)
 # What comes before a comment: whole words, quoted and escaped as in a shell. A `#` begins one only where a word would.
 WORDS = re.compile(r"""(?:[ \t\r\n]++|(?!\#)(?:[^ \t\r\n'"\\]|\\.|'[^']*+'|"(?:[^"\\]|\\.)*+")++)*+""")
 
@@ -186,15 +188,22 @@ def number(value: Any) -> float:
     return value if type(value) in (int, float) and 0 < value < 1e15 else 0
 
 
-def is_locked(folder: Path) -> bool:
-    """Is a process at work in the run folder? Asks without taking the lock, which a starting run may want."""
+def is_locked(folder: Path) -> bool | None:
+    """Is a process at work in the run folder? Asks without taking the lock, which a starting run may want.
+
+    Returns:
+        None where the file system has no locks on this host.
+    """
     descriptor = open_regular(folder / ".lock")
     if descriptor is None:
         return False
     # By hand: Python's fcntl module has no struct flock, and /proc/locks knows neither NFS nor other containers.
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     with open(descriptor, "rb") as file:
-        answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+        try:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+        except OSError:
+            return None
     return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
 
@@ -268,10 +277,11 @@ def read_status(job: Job) -> Status:
     pid, host, slurm_id = START.match(lines[start]).groups() if start >= 0 else ("", "", "")
     ended = [match[1] for line in lines[start + 1 :] if (match := EXIT.match(line))][-1:]
     slurm_state = slurm_states().get(slurm_id, "") if slurm_id else ""
-    elsewhere = state == "running" and status.get("host") != os.uname().nodename
+    locked = is_locked(job.folder)
+    may_be_unseen = state == "running" and (locked is None or status.get("host") != os.uname().nodename)
     if (
-        is_locked(job.folder)
-        or (elsewhere and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
+        locked
+        or (may_be_unseen and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
         or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING"))
     ):
         return Status("running", step, speed)

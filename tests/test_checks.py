@@ -1,5 +1,6 @@
 """checks.py: what is refused before anything is written."""
 
+import subprocess
 import sys
 import types
 
@@ -91,12 +92,18 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(monkeypatch, caps
 
 
 class FakeWandb(types.ModuleType):
-    """Weights & Biases with and without a login."""
+    """Weights & Biases with and without a login; names are refused as by its release 0.31."""
 
     def __init__(self, logged_in=None, error=None):
         super().__init__("wandb")
         self.__spec__ = types.SimpleNamespace(name="wandb")  # what importlib.util.find_spec asks for
         self.logged_in, self.error, self.logins = logged_in, error, []
+
+    def Settings(self, run_id, project, entity):
+        if set(run_id) & set(":;,#?/'"):
+            raise RuntimeError("Run ID cannot contain the characters: :;,#?/'")
+        if set(project) & set("/\\#?%:"):
+            raise RuntimeError(f"Invalid project name {project!r}: cannot contain characters")
 
     def login(self, prompt=True):
         self.logins.append(prompt)
@@ -125,18 +132,71 @@ def test_tracking_with_a_login_or_offline_is_not_refused(monkeypatch):
     fake = FakeWandb(logged_in=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    checks.check_wandb()
+    checks.check_wandb("a run", "a project", None)
     monkeypatch.setenv("WANDB_MODE", "offline")
     fake.logged_in = False
-    checks.check_wandb()
+    checks.check_wandb("a run", "a project", None)
     assert fake.logins == [False]
 
 
-def test_films_without_ffmpeg_are_refused(monkeypatch):
-    """Would catch: a run that trains for a week and cannot film."""
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
-    with pytest.raises(BadInput, match=r"^--capture-video needs a working ffmpeg, /nonexistent/ffmpeg"):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--exp-name", "lr:1e-4"), "Weights & Biases says: Run ID cannot contain the characters: :;,#?/'"),
+        (("--wandb-project-name", "a/b"), "Weights & Biases says: Invalid project name 'a/b': cannot contain"),
+        (("--exp-name", "x" * 200), "is too long a name for Weights & Biases (227 bytes); shorten --exp-name"),
+    ],
+)
+def test_names_that_weights_and_biases_refuses(monkeypatch, capsys, tmp_path, flags, message):
+    """Would catch: its traceback in a folder that was begun; a name that no folder of its own can have."""
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=True))
+    arguments = ["--track", "--runs-dir", tmp_path / "runs", *flags]
+    code, stderr = launch_in_process(monkeypatch, capsys, SCRIPTS[0], arguments)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: --track: ")
+    assert message in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+BROKEN_FFMPEGS = {
+    "exits with 127": "exit 127",
+    "has a version only": "echo ffmpeg version 7.0; exit 1",
+    "writes nothing": "cat > /dev/null",
+    "has encoders that do not encode": """case "$*" in *film.mp4) cat > /dev/null; exit 0; esac; exec "$REAL" "$@" """,
+    "leaves an empty film": 'cat > /dev/null; for film; do :; done; case "$film" in *.mp4) : > "$film"; esac',
+}
+
+
+@pytest.mark.parametrize("content", [None, *BROKEN_FFMPEGS.values()], ids=["is missing", *BROKEN_FFMPEGS])
+def test_an_ffmpeg_that_cannot_film_is_refused(monkeypatch, tmp_path, content):
+    """Would catch: a run that trains for a week and cannot film, or a traceback instead of one line."""
+    program = tmp_path / "ffmpeg"
+    if content:
+        program.write_text(f"#!/bin/sh\n{content}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("REAL", checks.imageio_ffmpeg.get_ffmpeg_exe())
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(
+        BadInput, match=r"^--capture-video needs a working ffmpeg, and this one cannot encode a film: "
+    ) as error:
         checks.check_ffmpeg("--capture-video")
+    assert str(program) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_working_ffmpeg_is_not_refused(tmp_path, monkeypatch):
+    """Would catch: a check that no ffmpeg passes, or one that leaves its film behind."""
+    monkeypatch.setattr(checks.tempfile, "tempdir", str(tmp_path))
+    checks.check_ffmpeg("--capture-video")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_address_space_is_a_limit_of_memory_too():
+    """As `ulimit -v` or a batch system sets it. Would catch: a run that is let begin and runs out of it."""
+    program = "from lan_utils import checks; print(checks.free_memory())"
+    limited = f"ulimit -v 12000000; exec {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 12_000_000 * 1024
 
 
 def test_memory_that_is_asked_for_counts_the_batch():

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
 from conftest import ROOT, read_events
@@ -236,6 +237,23 @@ def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path
     assert "the list goes on behind line 1, where the array ends" in told
 
 
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
+def test_a_warning_to_the_shell_around_a_run_reaches_the_run(project, tmp_path, signum):
+    """Some systems signal every process of a job. Would catch: a shell that dies of it and leaves its run."""
+    process = slurm_task(project, tmp_path, "python standin.py --seconds 100")
+    wait_until(lambda: notes(project, "begin"), process)
+    (shell,) = psutil.Process(process.pid).children()
+    shell.send_signal(signum)
+    wait_until(lambda: notes(project, "signalled"), process)
+    wait_until(lambda: len(notes(project, "begin")) == 2, process)  # it is tried again: nobody said that time is out
+    for told in (
+        psutil.Process(process.pid),
+        *psutil.Process(process.pid).children(recursive=True),
+    ):  # as Slurm ends it
+        told.terminate()
+    process.communicate(timeout=60)
+
+
 @needs_parallel
 def test_slots_never_exceed_the_limit_and_gpus_take_turns(project, tmp_path):
     """Would catch: a slot's GPU that depends on the job's number, so that one GPU gets them all when jobs differ."""
@@ -315,7 +333,7 @@ def test_crashes_hangs_and_kills(project):
 
 
 @needs_parallel
-@pytest.mark.parametrize("how", ["terminal", signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", ["terminal", signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_stopping_tells_each_training_once_and_leaves_none(project, how):
     """Would catch: a second signal, on which a training leaves without a checkpoint; a retry of what was stopped; an
     orphan. Ctrl-C on a terminal reaches the whole foreground process group."""
