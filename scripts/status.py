@@ -3,7 +3,7 @@
   python scripts/status.py jobs.txt            a table
   python scripts/status.py --plan jobs.txt     a line for each run, with tabs:
       line number, state, CPU threads that an unfinished run began with (or -),
-      log file, command
+      log file, command, MB of RAM and of disk that it needs until it has finished
   python scripts/status.py --plan jobs.txt 3   of line 3 only
 
 Everything is read from what the runs leave on the disk, and from squeue where
@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lan_utils.study import ROOT, RunName, run_name
+from lan_utils.study import ROOT, RunName, dqn_disk, dqn_memory, run_name
 
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ")
 EXIT = re.compile(r"=== \S+ exit (\d+)")
 STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes: stopped by a signal, resumes
 LOG_TAIL = 20_000  # bytes
+OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with its eight games
 JSON_LIMIT = 1_000_000  # bytes
 FRESH_SECONDS = (
     600  # a run whose lock may not be seen here, such as one on another host, is at work if it wrote so lately
@@ -54,6 +55,8 @@ class Job(NamedTuple):
     log: str
     steps: int
     command: str
+    ram: int  # MB, as disk
+    disk: int
 
 
 class Status(NamedTuple):
@@ -97,6 +100,8 @@ def parse_job(number: int, text: str) -> Job | None:
     if (ROOT / script).parent != ROOT:
         fail(f"line {number}: {script} is not a training script: those lie in the project's folder itself")
     values = {field.name: field.default for field in dataclasses.fields(RunName)} | {"exp_name": Path(script).stem}
+    replay = {"buffer_size": 1_000_000, "batch_size": 32}
+    values |= replay
     for word, following in itertools.pairwise([*flags, ""]):
         name, has_value, value = word.partition("=")
         name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
@@ -107,17 +112,24 @@ def parse_job(number: int, text: str) -> Job | None:
             )
         if name in values:
             values[name] = value if has_value else following
-    try:
-        values["seed"], steps = int(values["seed"]), int(values["total_timesteps"])
-    except ValueError:
-        fail(f"line {number}: --seed and --total-timesteps take whole numbers: {text}")
+    for name in ("seed", "total_timesteps", *replay):
+        try:
+            values[name] = int(values[name])
+        except ValueError:
+            fail(f"line {number}: --{name.replace('_', '-')} takes a whole number: {text}")
+    steps, (buffer_size, batch_size) = values["total_timesteps"], (values.pop(name) for name in replay)
     args = RunName(**values)
     name = run_name(args)
     if "/" in name or len(os.fsencode(name)) > 251:
         fail(f"line {number}: the run's name must have no slash and at most 251 bytes: {name}")
     runs_dir = args.runs_dir if not args.runs_dir.startswith("-") else f"./{args.runs_dir}"  # no flag of `mkdir`
     log = f"{runs_dir}/.sweep/{name}.log"
-    return Job(number, script, Path(runs_dir, name), log, steps, shlex.join(words))
+    ram, disk = OTHER_RAM, OTHER_DISK
+    if "ReplayMemory" in (ROOT / script).read_text(errors="replace"):  # DQN, or a copy of it under another name
+        transitions = min(buffer_size, steps)
+        ram = dqn_memory(args.env_id, transitions, batch_size) // 1_000_000
+        disk = dqn_disk(args.env_id, transitions) // 1_000_000
+    return Job(number, script, Path(runs_dir, name), log, steps, shlex.join(words), ram, disk)
 
 
 def read_jobs(file: str) -> list[Job]:
@@ -366,7 +378,7 @@ def main() -> None:
     for job in jobs:
         if not only or str(job.line) in only:
             status = status_of(job)
-            print(job.line, status.state, status.threads or "-", job.log, job.command, sep="\t")
+            print(job.line, status.state, status.threads or "-", job.log, job.command, job.ram, job.disk, sep="\t")
             if status.state == "unreadable":
                 print(f"error: line {job.line} is left out: {status.note}", file=sys.stderr)
 

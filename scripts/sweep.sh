@@ -13,10 +13,7 @@ set -fuo pipefail # -f: CUDA_VISIBLE_DEVICES is never a file pattern
 
 TRIES=3
 CHECKPOINT_SECONDS=120 # that a stopped run has to write its checkpoint
-# What one run needs, in MB: DQN with the paper's replay memory, 0.8 GB + 1,500 bytes a transition, and its checkpoint.
-RUN_RAM=2500
-RUN_DISK=1500
-RUN_GPU_MEMORY=1500 # an assumption: not measured yet
+RUN_GPU_MEMORY=1500 # MB, an assumption: not measured yet
 
 fail() {
     echo "error: $*" >&2
@@ -113,12 +110,17 @@ if [[ -n $status ]]; then
     exec python scripts/status.py "$jobs_file"
 fi
 
-# Lines of: line number, state, threads, log, command. No here-strings: a full TMPDIR would make them empty.
+# Lines of: line number, state, threads, log, command, MB of RAM, MB of disk.
+# No here-strings: a full TMPDIR would make them empty.
 plan=$(python scripts/status.py --plan "$jobs_file") || exit
 [[ -n $plan ]] || fail "scripts/status.py says nothing about the jobs of $jobs_file; call it with --plan to see why"
 in_state() { printf '%s\n' "$plan" | grep -P "^\d+\t($1)\t"; }
 count() { in_state "$1" | wc -l; }
 TODO='waiting|stopped|failed'
+todo=$(in_state "$TODO")
+# MB that the most demanding run needs.
+read -r RUN_RAM RUN_DISK < <(printf '%s\n' "${todo:-$plan}" |
+    awk -F '\t' '$6 > ram {ram = $6} $7 > disk {disk = $7} END {print ram + 0, disk + 0}')
 first_log=$(printf '%s\n' "$plan" | awk -F '\t' 'NR == 1 {print $4}')
 runs_dir=$(dirname "$(dirname "$first_log")")
 
@@ -209,7 +211,7 @@ if [[ -n $signum ]]; then
     echo "stopped with $failed of $(count '\w+') runs unfinished; the same command resumes them"
     exit $((128 + signum))
 fi
-while IFS=$'\t' read -r _ _ _ log command; do
+while IFS=$'\t' read -r _ _ _ log command _; do
     printf '\nfailed: %s\n%s ends with\n' "$command" "$log"
     tail -n 6 "$log" | sed 's/^/    /'
 done < <(in_state "$TODO")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 
+import gymnasium as gym
 import pytest
 from conftest import ROOT, SCRIPTS, launch_in_process
 
@@ -11,6 +12,10 @@ import dqn_atari_lan as dqn
 import ppo_atari_lan as ppo
 from lan_utils import checks
 from lan_utils.cli import BadInput
+from lan_utils.study import transition_bytes
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from status import parse_job
 
 BAD_INPUT = {
     "unknown game": (
@@ -206,8 +211,28 @@ def test_memory_that_is_asked_for_counts_the_batch():
     assert 0.8e9 < dqn.memory_needed(small) < 0.9e9
     assert 2.3e9 < dqn.memory_needed(large) < 3e9
     assert 2.2e9 < dqn.memory_needed(dqn.Args()) < 2.5e9  # the paper's replay memory
+    assert dqn.memory_needed(dqn.Args(env_id="UpNDownNoFrameskip-v4")) > 0.8e9 + 1.2 * 2157e6
     rollout = ppo.Args(num_envs=8, num_steps=750, num_minibatches=1)
     assert ppo.memory_needed(rollout) - ppo.memory_needed(ppo.Args(num_envs=8, num_steps=750)) > 1.3e9
+
+
+def test_every_game_is_granted_a_fifth_more_than_random_play_took():
+    """Would catch: a game that needs more memory than is announced; one that is new and was not measured."""
+    rows = (ROOT / "results" / "replay_benchmark_every.txt").read_text().splitlines()[2:]
+    measured = {row.split()[0]: max(map(int, row.split()[1:])) for row in rows}
+    assert measured.keys() == {name[:-14] for name in gym.registry if name.endswith("NoFrameskip-v4")}
+    for game, largest in measured.items():
+        assert transition_bytes(f"{game}NoFrameskip-v4") >= int(1.2 * largest), game
+        assert (largest > 1250) == (transition_bytes(f"{game}NoFrameskip-v4") > 1500), game
+
+
+def test_a_sweep_counts_on_what_the_run_announces():
+    """Would catch: defaults of the script and of the sweep that drift apart."""
+    for flags in ({}, {"env_id": "UpNDownNoFrameskip-v4"}, {"buffer_size": 5000, "batch_size": 320}):
+        words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+        job = parse_job(1, f"python dqn_atari_lan.py {words}")
+        assert job.ram == dqn.memory_needed(dqn.Args(**flags)) // 1_000_000
+    assert parse_job(1, "python ppo_atari_lan.py").ram >= ppo.memory_needed(ppo.Args()) // 1_000_000
 
 
 def test_memory_beyond_what_is_free_is_refused(monkeypatch):

@@ -294,6 +294,28 @@ def test_the_default_number_follows_from_the_scarcest(project, tmp_path):
         assert runs == (10 * whole + tenth) // tenths
 
 
+def test_memory_and_disk_are_those_of_the_games_and_the_replay_memory(project):
+    """Would catch: a sweep of Up'n Down that is killed for memory when its replay memories are full; room for a million
+    transitions kept free for a thousand; what is finished counted."""
+    (project / "copy_of_dqn.py").write_text(STANDIN + "# imports ReplayMemory\n")
+    large = "python copy_of_dqn.py --env-id UpNDownNoFrameskip-v4"
+    small = "python copy_of_dqn.py --buffer-size=100000 --batch-size 64"
+    short = "python copy_of_dqn.py --total-timesteps 1000 --seed 2"
+
+    def needs(*lines):
+        text = sweep(project, "--dry-run", job_list(project, *lines)).stdout
+        return re.search(r"free RAM at (\d+\.\d) GB a run", text)[1], re.search(r"disk at (\d+\.\d)", text)[1]
+
+    assert needs(small) == ("0.9", "0.4")  # 0.8 + 100,000 * 1,500 bytes + 64 * 0.3 MB = 0.969 GB
+    assert needs(short) == ("0.8", "0.3")
+    assert needs(small, large, short) == ("3.4", "2.9")  # 1.2 * 2,181 bytes a transition
+    assert needs(small, "python standin.py") == ("2.5", "1.5")
+    folder = project / "runs" / "UpNDownNoFrameskip-v4__copy_of_dqn__tanh-lan__1"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("weights")
+    assert needs(small, large) == ("0.9", "0.4")
+
+
 @needs_parallel
 def test_crashes_hangs_and_kills(project):
     """A crash is retried twice and listed with its last line; what hangs, or was killed with -9, finishes after the
