@@ -34,6 +34,7 @@ from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.replay import Batch, ReplayMemory
 from lan_utils.run import Run, leaves_no_trace, set_up
+from lan_utils.study import dqn_memory
 
 # --------------------------------------------------------------------------------------- representation
 
@@ -262,9 +263,8 @@ def evaluate(
 
 
 def memory_needed(args: Args) -> int:
-    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch on its way through."""
-    transitions = min(args.buffer_size, args.total_timesteps)
-    return 800_000_000 + transitions * ReplayMemory.BYTES_PER_TRANSITION + 300_000 * args.batch_size
+    """Bytes of resident memory, an upper estimate."""
+    return dqn_memory(args.env_id, min(args.buffer_size, args.total_timesteps), args.batch_size)
 
 
 def check_relations(args: Args) -> None:

@@ -3,6 +3,7 @@
 python plot_results.py --runs-dir runs --out-dir figures
 python plot_results.py --only fig05a fig06          (some of the figures)
 python plot_results.py --allow-unfinished           (a look at runs that are still training)
+python plot_results.py --exp-name dqn_atari_lan lr1e-4   (two experiments, side by side)
 
 What was left out, and why, stands on stderr; the rest in `index.html`, `results.md` and the tables `results.csv`
 (a row per run), `curves.csv.gz` (a row per point) and `claims.csv` (the paper's claims) of the out folder. Beyond the
@@ -24,7 +25,15 @@ from plots.command import (
     read_runs,
     workers,
 )
-from plots.results import Results, algorithms_of, describe_runs, find_runs, make_results, select_runs
+from plots.results import (
+    Results,
+    algorithms_of,
+    choose_experiments,
+    describe_runs,
+    find_runs,
+    make_results,
+    select_runs,
+)
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Args:
     """folder of what is drawn, and of the cache"""
     only: tuple[str, ...] = ()
     """beginnings of the names of what to draw, e.g. fig05a fig06; "tables" are the CSV files and results.md"""
+    exp_name: tuple[str, ...] = ()
+    """draw the runs of these experiments only; those after the first as groups of their own, side by side with it"""
     allow_unfinished: bool = False
     """draw unfinished and shorter runs too; curves end where the shortest seed of a group ends"""
 
@@ -44,31 +55,32 @@ class Args:
 _results: Results  # of the worker processes, which inherit it
 
 
-def draw(name: str, plot: figures.Plot, out_dir: Path) -> tuple[bytes, str]:
+def draw(name: str, plot: figures.Plot, out_dir: Path) -> figures.Drawn:
     return figures.draw(_results, name, plot, out_dir)
 
 
 def main(args: Args) -> None:
     global _results
     runs_dir, out_dir = Path(args.runs_dir), Path(args.out_dir)
-    runs, messages = find_runs(runs_dir, out_dir)
+    found, messages = find_runs(runs_dir, out_dir)
+    runs = choose_experiments(found, args.exp_name)
     plots = figures.figures_of(algorithms_of(runs))
     items = choose_items(args.only, plots)
     cache = prepare_out_dir(out_dir, items)
 
-    read_runs(runs, cache)
+    read_runs(found, cache)  # all, or the others' cache would be deleted
     lengths = select_runs(runs, args.allow_unfinished)
     messages += describe_runs(runs)
     _results, unnormalised = make_results(runs, lengths)
     messages += unnormalised
-    for run in runs:
+    for run in found:
         run.points = {}  # from here on there are curves
     drawn = [run for run in runs if not run.left_out]
     if not drawn and any(run.left_out == "unfinished" for run in runs):
         messages.append("no run has finished: --allow-unfinished draws what there is so far")
 
     names = [name for name in items if name != "tables"]
-    pictures, failed = {}, []
+    pictures, captions, failed = {}, {}, []
     missing = defaultdict(list)  # names of figures by what they have in common
     with workers() as pool:
         jobs = {name: pool.submit(draw, name, plots[name], out_dir) for name in reversed(names)}  # the longest first
@@ -77,14 +89,14 @@ def main(args: Args) -> None:
             making = pool.submit(report.make_tables, _results, runs)
         for name in names:
             try:
-                picture, what = jobs[name].result()
+                picture, caption, what = jobs[name].result()
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # one figure must not stop the rest
-                picture, what = b"", f"not drawn, {type(error).__name__}: {' '.join(str(error).split())}"
+                picture, caption, what = b"", "", f"not drawn, {type(error).__name__}: {' '.join(str(error).split())}"
                 failed.append(name)
             if what:
                 missing[what].append(name)
             if picture:
-                pictures[name] = picture
+                pictures[name], captions[name] = picture, caption
             elif (out_dir / f"{name}.png").exists():
                 missing[f"from an earlier drawing, still in {out_dir}"].append(name)
         if "tables" in items:
@@ -97,15 +109,16 @@ def main(args: Args) -> None:
     if "tables" in items:
         unfinished = sum(not run.finished for run in runs)
         summary = f"Runs in {runs_dir}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
+        summary += f" Experiments: {', '.join(args.exp_name)}." if args.exp_name else ""
         claims = report.make_claims(_results)
         report.write_csv(_results.runs, out_dir / "results.csv")
         report.write_csv(claims, out_dir / "claims.csv")
         tables = [report.claims_table(claims), *made]
-        report.write_markdown(tables, plots, pictures, messages, summary, out_dir / "results.md")
+        report.write_markdown(tables, captions, messages, summary, out_dir / "results.md")
         written += report.TABLES
         if not args.only:
             tables.append(report.every_run(_results))
-            report.write_page(tables, plots, pictures, messages, summary, out_dir / "index.html")
+            report.write_page(tables, captions, pictures, messages, summary, out_dir / "index.html")
             written.append("index.html")
     print_lines([f"{len(drawn)} of {len(runs)} runs drawn; {out_dir}: {', '.join(written)}"], to_stdout=True)
     if failed:

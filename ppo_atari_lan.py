@@ -12,7 +12,6 @@ without them this is plain PPO.
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from lan_utils.checkpoint import LoopState
 from lan_utils.checks import check_flags, check_memory, refuse_unless, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
+from lan_utils.machine import usable_cores
 from lan_utils.replay import RolloutMemory
 from lan_utils.run import Run, leaves_no_trace, set_up
 
@@ -114,7 +114,7 @@ class Args(RunArgs):
     """end an update's passes once the policy has moved this far (Table 4)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
-    async_envs: bool = field(default_factory=lambda: len(os.sched_getaffinity(0)) > 2)
+    async_envs: bool = field(default_factory=lambda: usable_cores() > 2)
     """step the environments in worker processes; by default where there are more than two CPU cores"""
 
 

@@ -1,17 +1,21 @@
 """What the replay memory costs, on frames of random play.
 
-python benchmark/replay_benchmark.py          each of the eight games: bytes, time to add and to sample
-python benchmark/replay_benchmark.py --full   Q*bert, the largest: 1,000,000 transitions, then half as many again;
-                                              resident memory, a checkpoint's stall, its load, the disk
+python benchmark/replay_benchmark.py           each of the eight games: bytes, time to add and to sample
+python benchmark/replay_benchmark.py --every   every Atari game: bytes, also where each action is held for 20 steps
+python benchmark/replay_benchmark.py --full    Q*bert, the largest: 1,000,000 transitions, then half as many again;
+                                               resident memory, a checkpoint's stall, its load, the disk
 """
 
 import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import psutil
 import torch
@@ -31,18 +35,21 @@ from lan_utils.study import GAMES
 class Args:
     full: bool = False
     """fill a memory of 1,000,000 and checkpoint it"""
+    every: bool = False
+    """measure the bytes of a transition in every game, not only the eight"""
     steps: int = 5000
     """agent steps of random play per game"""
 
 
-def play(game: str, steps: int) -> list[tuple]:
-    """Transitions of random play, as `ReplayMemory.add` takes them."""
+def play(game: str, steps: int, hold: int = 1) -> list[tuple]:
+    """Transitions of random play, each action held for `hold` steps, as `ReplayMemory.add` takes them."""
     env = dqn.make_env(f"{game}NoFrameskip-v4")
     rng = np.random.default_rng(0)
     obs, _ = env.reset(seed=0)
     transitions = []
-    for _ in range(steps):
-        action = int(rng.integers(env.action_space.n))
+    for step in range(steps):
+        if step % hold == 0:
+            action = int(rng.integers(env.action_space.n))
         next_obs, reward, terminated, truncated, _ = env.step(action)
         transitions.append((obs[3].copy(), action, reward, terminated, truncated, next_obs[3].copy()))
         obs = env.reset()[0] if terminated or truncated else next_obs
@@ -59,6 +66,30 @@ def timed(function, repeats: int) -> float:
     return float(np.median(times))
 
 
+def stored_bytes(memory: ReplayMemory) -> float:
+    """Of one transition: its frame, and a row of every column."""
+    columns = [a for a in vars(memory).values() if isinstance(a, np.ndarray) and len(a) == memory.rows]
+    return sum(map(len, memory.frames.values())) / len(memory) + sum(a.itemsize for a in columns)
+
+
+def fill(game: str, steps: int, hold: int) -> float:
+    """Bytes of a transition of such play."""
+    memory = ReplayMemory(steps)
+    for transition in play(game, steps, hold):
+        memory.add(*transition)
+    return stored_bytes(memory)
+
+
+def every_game(steps: int) -> None:
+    """Random play acts anew in each step; one that holds its actions gets to see other parts of a game."""
+    print(f"{'game':<18}{'random':>8}{'held':>8}   bytes/transition, {steps:,} steps each")
+    games = sorted(name.removesuffix("NoFrameskip-v4") for name in gym.registry if name.endswith("NoFrameskip-v4"))
+    with ProcessPoolExecutor() as pool:
+        sizes = [pool.map(partial(fill, steps=steps, hold=hold), games) for hold in (1, 20)]
+        for game, random, held in zip(games, *sizes, strict=True):
+            print(f"{game:<18}{random:>8.0f}{held:>8.0f}", flush=True)
+
+
 def compare_games(steps: int) -> None:
     print(f"{'game':<14}{'bytes/transition':>17}{'GB per 1,000,000':>18}{'us/add':>8}{'ms/sample of 32':>17}")
     rng = np.random.default_rng(0)
@@ -69,8 +100,7 @@ def compare_games(steps: int) -> None:
         for transition in transitions:
             memory.add(*transition)
         add = (time.perf_counter() - start) / steps
-        columns = [a for a in vars(memory).values() if isinstance(a, np.ndarray) and len(a) == memory.rows]
-        size = sum(map(len, memory.frames.values())) / steps + sum(a.itemsize for a in columns)
+        size = stored_bytes(memory)
         sample = timed(lambda m=memory: m.sample(32, rng, torch.device("cpu")), 200)
         print(f"{game:<14}{size:>17.0f}{size / 1000:>18.2f}{add * 1e6:>8.1f}{sample * 1e3:>17.2f}", flush=True)
 
@@ -133,6 +163,7 @@ if __name__ == "__main__":
     try:
         with one_line_errors():
             require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
-            fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
+            measure = fill_and_checkpoint if args.full else every_game if args.every else compare_games
+            measure(args.steps)
     except KeyboardInterrupt:
         leave(130, "interrupted")

@@ -8,30 +8,29 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import tyro
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from lan_utils.cli import leave, parse
+from lan_utils.study import ROOT
+from plots import matplotlib
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 130,
-        "figure.constrained_layout.use": True,
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e6e6e6",
-        "legend.frameon": False,
-    }
-)
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LOOK = {
+    "figure.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+}
+plt.style.use(("default", LOOK))  # matplotlib's defaults first, whatever the user's matplotlibrc says
 
 
 @dataclass
@@ -43,7 +42,8 @@ class Args:
 def launch(main: Callable[[Path], None], doc: str) -> None:
     """Parse the command line and run `main(out_dir)`; what a user can cause ends in one line and an exit code."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    out_dir = tyro.cli(Args, description=doc.split("\n")[0]).out_dir
+    Args.__doc__ = doc.split("\n")[0]
+    out_dir = parse(Args).out_dir
     try:
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,13 +58,8 @@ def launch(main: Callable[[Path], None], doc: str) -> None:
         leave(130, "interrupted; run this again from the start")
 
 
-def leave(code: int, message: str) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(code)
-
-
 def write_text(file: Path, text: str) -> None:
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     print(f"wrote {file}")
 
 

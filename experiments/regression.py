@@ -267,7 +267,7 @@ def report(results: dict) -> str:
 
 def write_csv(results: dict, file: Path) -> None:
     """One row per network, setting, length and seed; a shallow network has only rank_1."""
-    with file.open("w", newline="") as lines:
+    with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(
             ["half_range", "optimizer", "steps", "network", "parameters", "seed", "error", "dense_error"]

@@ -170,7 +170,7 @@ def select(rows: list[dict], **values: object) -> list[dict]:
 
 
 def write_csv(rows: list[dict], file: Path) -> None:
-    with file.open("w", newline="") as lines:
+    with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
         writer.writeheader()
         for row in rows:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
-from lan_utils.cli import RunFailed
+from lan_utils.cli import STOP_SIGNALS, RunFailed, same_command
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stderr
@@ -157,7 +157,7 @@ class VectorGames(VectorWrapper):
             yield
         except (EOFError, ConnectionError):
             self.env.closed = self.closed = True  # closing would wait for the dead
-            raise RunFailed("a worker process died (out of memory?); the same command resumes the run") from None
+            raise RunFailed(f"a worker process died (out of memory?); resume with {same_command()}") from None
 
 
 def _array(value: Any) -> Any:
@@ -165,10 +165,10 @@ def _array(value: Any) -> Any:
 
 
 def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
-    """In a worker: Ctrl-C reaches the whole group of processes, and the parent decides when to stop."""
+    """In a worker: Ctrl-C and others reach the whole group of processes, and the parent decides when to stop."""
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(AttributeError):  # a notebook's stdout
             sys.stdout.reconfigure(line_buffering=True)  # closing kills: what a game prints is written at once
         if sys.platform == "linux":
@@ -258,6 +258,14 @@ def play_games(
     env.close()
 
 
+def film_writer(file: Path, width: int, height: int) -> Generator[None, Any, None]:
+    """Begin the mp4 `file`: `send` it pictures, uint8 (height, width, 3), then `close` it."""
+    # Absolute: ffmpeg takes what stands before a colon for a protocol.
+    writer = imageio_ffmpeg.write_frames(str(file.absolute()), (width, height), fps=15, macro_block_size=2)
+    writer.send(None)
+    return writer
+
+
 @contextlib.contextmanager
 def _film(file: Path | None, env: gym.Env) -> Iterator[Callable[[], None]]:
     """Yield a function that adds what `env` shows to the mp4 `file`, one picture per agent step; None films nothing."""
@@ -265,9 +273,7 @@ def _film(file: Path | None, env: gym.Env) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     height, width, _ = env.render().shape
-    # Absolute: ffmpeg takes what stands before a colon for a protocol.
-    writer = imageio_ffmpeg.write_frames(str(file.absolute()), (width, height), fps=15, macro_block_size=2)
-    writer.send(None)
+    writer = film_writer(file, width, height)
     try:
         yield lambda: writer.send(np.ascontiguousarray(env.render()))
     finally:

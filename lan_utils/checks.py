@@ -4,6 +4,8 @@ import difflib
 import importlib.util
 import math
 import os
+import resource
+import tempfile
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,6 +15,8 @@ import imageio_ffmpeg
 import psutil
 from annotated_types import Ge, Gt, Interval
 
+from lan_utils import machine
+from lan_utils.atari import film_writer
 from lan_utils.cli import BadInput
 from lan_utils.flags import RunArgs
 from lan_utils.study import run_name
@@ -67,16 +71,10 @@ def check_memory(needed: int, remedy: str) -> None:
 
 def free_memory() -> int:
     """Bytes that this process may still use."""
-    free = psutil.virtual_memory().available
-    # A container's or a Slurm job's limit (cgroup v2) is lower than what the machine has.
-    for line in Path("/proc/self/cgroup").read_text().splitlines() if os.path.exists("/proc/self/cgroup") else ():
-        group = Path("/sys/fs/cgroup") / line.rsplit(":", 1)[1].lstrip("/")
-        for folder in (group, *group.parents):
-            limit = folder / "memory.max"
-            if limit.exists() and limit.read_text().strip().isdigit():
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
-                free = min(free, int(limit.read_text()) - used)
+    free = machine.free_memory()
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if address_space != resource.RLIM_INFINITY:
+        free = min(free, max(address_space - psutil.Process().memory_info().vms, 0))
     return free
 
 
@@ -117,7 +115,7 @@ def check_flags(args: RunArgs) -> None:
     if args.capture_video:
         check_ffmpeg("--capture-video")
     if args.track:
-        check_wandb()
+        check_wandb(run_name(args), args.wandb_project_name, args.wandb_entity)
     check_runs_dir(args.runs_dir)
 
 
@@ -155,19 +153,35 @@ def _within(value: float, limit: Any) -> tuple[bool, str]:
 
 
 def check_ffmpeg(flag: str) -> None:
-    """Refuse `flag` where films cannot be written.
+    """Refuse `flag` where films cannot be written, which a film of three pictures shows.
 
     Raises:
         BadInput
     """
+    program = "none was found"
     try:
-        imageio_ffmpeg.get_ffmpeg_version()
-    except (OSError, RuntimeError, IndexError) as error:
-        raise BadInput(f"{flag} needs a working ffmpeg, {imageio_ffmpeg.get_ffmpeg_exe()}: {error}") from None
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        with tempfile.TemporaryDirectory() as folder:
+            film = Path(folder) / "film.mp4"
+            writer = film_writer(film, width=160, height=210)
+            for _ in range(3):
+                writer.send(bytes(160 * 210 * 3))
+            writer.close()
+            imageio_ffmpeg.count_frames_and_secs(film)
+    except Exception as error:  # whatever it is, it would end the run after its training
+        reason = str(error).strip().split("\n", 1)[0]
+        raise BadInput(
+            f"{flag} needs a working ffmpeg, and this one cannot encode a film: {program} ({reason}); "
+            "name another one by IMAGEIO_FFMPEG_EXE"
+        ) from None
 
 
-def check_wandb() -> None:
-    """Refuse --track without Weights & Biases, or where it would ask for a key.
+def check_wandb(name: str, project: str, entity: str | None) -> None:
+    """Refuse --track without Weights & Biases, where it would ask for a key, or with a name that it does not take.
+
+    Args:
+        name: of the run's folder, which is the run's id there.
+        project, entity: the flags.
 
     Raises:
         BadInput
@@ -179,7 +193,11 @@ def check_wandb() -> None:
     import wandb
 
     try:
+        wandb.Settings(run_id=name, project=project, entity=entity)
         can_log = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
     except Exception as error:  # an older release, a malformed key: whatever it is, it would end the run later
         raise BadInput(f"--track: Weights & Biases says: {str(error).split(chr(10))[0]}") from None
+    # Its folder is offline-run-<time>-<id>.
+    fits = len(os.fsencode(name)) <= 227
+    refuse_unless(fits, f"--track: {name} is too long a name for Weights & Biases (227 bytes); shorten --exp-name")
     refuse_unless(can_log, "--track: nobody is logged in to Weights & Biases; wandb login, or WANDB_MODE=offline")

@@ -7,12 +7,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import tyro
 from tqdm import tqdm
 
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
+# What terminals and batch systems send ahead of the end: save and leave. SIGQUIT stays an end at once.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+TOO_MANY = (
+    "error: the system allows no more processes or threads (a container's pids limit, or ulimit -u): raise it, or take "
+    "fewer by --num-threads 1 and PPO's --no-async-envs"
+)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,6 +63,8 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         leave(2, f"error: {error}")
     except RunFailed as error:
         leave(1, f"error: {error}")
+    except BlockingIOError:
+        leave(1, TOO_MANY)
     except Stopped as stop:
         remedy = "this resumes it" if stop.saved else "nothing was saved; this starts anew"
         leave(128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}; {remedy}: {same_command()}")
@@ -66,10 +74,13 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         remedy = "free some space" if error.errno in DISK_FULL else "fix this"
-        what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+        reason = str(error.strerror or error).split("\n", 1)[0]
+        what = f"cannot use {error.filename or 'a file'}: {reason}"
         leave(1, f"error: {what}. What was saved is whole: {remedy}, then run this again: {same_command()}")
     except Exception as error:
         first_line = str(error).split("\n", 1)[0]
+        if first_line == "can't start new thread":
+            leave(1, TOO_MANY)
         kind = type(error)
         # By their names: importing torch for them would cost the plots a second.
         if kind.__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
@@ -77,26 +88,28 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         if kind.__name__ == "BrokenProcessPool":
             leave(1, f"error: a worker process died (out of memory?); free some, then run this again: {same_command()}")
         if getattr(args, "compile", False) and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-            leave(1, f"error: --compile failed: {first_line}; start anew without it")
+            remedy = "start anew without it, under another --exp-name or with --overwrite"
+            leave(1, f"error: --compile failed: {first_line}; {remedy}")
         raise
 
 
 def leave(code: int, message: str) -> NoReturn:
     """Print one line on stderr and exit."""
-    print(message, file=sys.stderr, flush=True)
+    print_line(message, sys.stderr)
     sys.exit(code)
 
 
-def print_line(line: str) -> None:
-    """Print a line; training goes on when nobody reads any more."""
+def print_line(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default on stdout; training goes on when nobody reads any more, or the terminal is closed."""
+    stream = stream or sys.stdout
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print_line(f"warning: {message}", sys.stderr)
 
 
 def same_command() -> str:

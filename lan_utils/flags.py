@@ -1,7 +1,11 @@
-"""The flags that every training script has. No torch."""
+"""The flags that every training script has, and what each script gives them by default. No torch."""
 
+import ast
+import contextlib
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
@@ -44,10 +48,27 @@ class RunArgs:
     torch_deterministic: bool = True
     """deterministic kernels: the same seed gives the same weights"""
     num_threads: Annotated[int, Ge(0)] = 0
-    """CPU threads of torch; 0 leaves torch's own choice"""
+    """CPU threads of torch; 0 leaves torch's own choice, within what a container allows"""
     tf32: bool = False
     """TensorFloat-32 on CUDA: faster, rounds differently"""
     amp: bool = False
     """bfloat16 up to the representation: for hardware that is faster at it, rounds differently"""
     compile: bool = False
     """torch.compile the loss: faster, rounds differently"""
+
+
+def defaults_of(script: Path) -> dict[str, Any]:
+    """The plain defaults of a training script's flags, read from its source: importing it would import torch.
+
+    Returns:
+        {} where the script has no class `Args`.
+    """
+    tree = ast.parse(script.read_text())
+    for args in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]:
+        fields = dataclasses.fields(RunArgs)
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        for flag in [node for node in args.body if isinstance(node, ast.AnnAssign) and node.value]:
+            with contextlib.suppress(ValueError):  # made when the script runs
+                defaults[flag.target.id] = ast.literal_eval(flag.value)
+        return defaults
+    return {}

@@ -4,7 +4,9 @@ A run folder belongs to one process at a time, which holds its `.lock`. `config.
 has changed since, `status.json` what has become of it.
 """
 
+import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -59,7 +61,7 @@ class RunFolder:
         """Lock the folder, and make it or, with --overwrite, clear it.
 
         Returns:
-            config.json of the run that is to be resumed; None where one begins.
+            config.json of the run that is to be resumed, {} where only its checkpoints are left; None where one begins.
 
         Raises:
             BadInput: other flags than the run had, another process at work in it, not a run's folder.
@@ -67,27 +69,30 @@ class RunFolder:
         """
         config_file = self.path / "config.json"
         try:
-            is_run = os.path.lexists(config_file)
-            self._refuse_strangers(is_run)
-            old = self._compared_config() if is_run else None
+            self._refuse_odd_kinds()
+            has_config = os.path.lexists(config_file)
+            is_run = has_config or self._compared_checkpoint()
+            if not is_run:
+                self._refuse_strangers()
+            old = self._compared_config() if has_config else {} if is_run and not self.args.overwrite else None
             self._leave_if_finished()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
         except OSError as error:
             raise BadInput(f"cannot make {self.path}: {error.strerror}; change --exp-name or --runs-dir") from None
         # Another process may have held the lock until now.
-        is_same = os.path.lexists(config_file) == is_run
+        is_same = os.path.lexists(config_file) == has_config
         refuse_unless(is_same, f"{self.path} was begun by another process just now; try again")
         self._leave_if_finished()
         if is_run and self.args.overwrite:
             self._delete_all()
+        if old == {}:
+            warn(f"{config_file} was gone: the checkpoints tell the flags; with what else the run began is not known")
         return old
 
-    def _refuse_strangers(self, is_run: bool) -> None:
+    def _refuse_odd_kinds(self) -> None:
         folder = self.path
         refuse_unless(folder.is_dir() or not os.path.lexists(folder), f"{folder} is not a folder: move it away")
-        if not folder.exists():
-            return
         kinds = {
             "config.json": Path.is_file,
             "checkpoints": Path.is_dir,
@@ -96,9 +101,27 @@ class RunFolder:
         for name, is_right in kinds.items():
             path = folder / name
             refuse_unless(is_right(path) or not os.path.lexists(path), f"{path} is not what a run makes: move it away")
-        if not is_run:
-            strangers = [file.name for file in folder.iterdir() if file.name not in (".lock", "config.json.tmp")]
-            refuse_unless(not strangers, f"{folder} exists and is not a run's folder (no config.json): move it away")
+
+    def _refuse_strangers(self) -> None:
+        folder = self.path
+        names = [file.name for file in folder.iterdir()] if folder.exists() else []
+        is_empty = set(names) <= {".lock", "config.json.tmp"}
+        refuse_unless(is_empty, f"{folder} exists and is not a run's folder (no config.json): move it away")
+
+    def _compared_checkpoint(self) -> bool:
+        """Is a whole checkpoint of this run, and of these flags, left of it where somebody deleted its config.json?"""
+        for file in sorted(self.checkpoints.folder.glob("*.ckpt"), reverse=True):
+            try:
+                run = checkpoint.read_checked(file)["run"]
+                algorithm, args = run["algorithm"], run["args"]
+                is_this_run = run_name(SimpleNamespace(**args)) == self.path.name
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if is_this_run and not self.args.overwrite:
+                self.compare(algorithm, args, f"{self.path} was started with other flags")
+            if is_this_run:
+                return True
+        return False
 
     def _compared_config(self) -> dict[str, Any] | None:
         """The run's config.json, where it agrees with the flags of this command; None where --overwrite replaces it."""
@@ -107,25 +130,32 @@ class RunFolder:
             old = json.loads(file.read_bytes())
         except (ValueError, RecursionError):
             # A crash of the machine can leave it so. The lock tells that a run made this folder.
-            refuse_unless((self.path / ".lock").exists(), f"{file} is unreadable and no run's: move it away")
+            is_run = (self.path / ".lock").exists()
+            refuse_unless(is_run, f"{file} is unreadable and no run's: move its folder away")
             refuse_unless(
                 self.args.overwrite, f"{file} is unreadable: restore it, or start this run anew with --overwrite"
             )
             return None
         is_config = isinstance(old, dict) and all(isinstance(old.get(key), dict) for key in ("args", "versions"))
         is_config = is_config and isinstance(old.get("algorithm"), str)
-        refuse_unless(is_config, f"{file} is not what a run writes: restore it, or move it away")
+        refuse_unless(is_config, f"{file} is not what a run writes: restore it, or move its folder away")
         try:
             is_this_run = run_name(SimpleNamespace(**old["args"])) == self.path.name
         except AttributeError:
             is_this_run = False
-        refuse_unless(is_this_run, f"{file} is another run's: restore this one's, or move it away")
+        refuse_unless(is_this_run, f"{file} is another run's: restore this one's, or move its folder away")
         if self.args.overwrite:
             return None
         self.compare(old["algorithm"], old["args"], f"{self.path} was started with other flags")
         return old
 
-    def compare(self, algorithm: str, old_args: dict[str, Any], what: str) -> None:
+    def compare(
+        self,
+        algorithm: str,
+        old_args: dict[str, Any],
+        what: str,
+        remedy: str = "use the same ones, another --exp-name, or --overwrite",
+    ) -> None:
         """Refuse another algorithm, or flags that would make another run, naming each difference."""
         new_args = json.loads(json.dumps(dataclasses.asdict(self.args)))
         differing = [
@@ -135,16 +165,16 @@ class RunFolder:
         ]
         if algorithm != self.algorithm:
             differing = [f"algorithm {self.algorithm} (was {algorithm})"]
-        refuse_unless(
-            not differing, f"{what}: {', '.join(differing)}; use the same ones, another --exp-name, or --overwrite"
-        )
+        refuse_unless(not differing, f"{what}: {', '.join(differing)}; {remedy}")
 
     def _leave_if_finished(self) -> None:
         model = self.path / "model.pt"
         if self.args.overwrite or not os.path.lexists(model):
             return
         is_whole = model.is_file() and model.stat().st_size > 0
-        refuse_unless(is_whole, f"{model} is not a whole file: move it away, or --overwrite")
+        resumes = self.checkpoints or not self.has_lost_checkpoints()
+        remedy = "move it away" if resumes else "restore it from a backup"
+        refuse_unless(is_whole, f"{model} is not a whole file: {remedy}, or start anew with --overwrite")
         status = read_json(self.path / "status.json")
         if status.get("state") != "finished" or self.checkpoints.folder.exists():  # a kill came after model.pt
             self._lock()
@@ -160,9 +190,18 @@ class RunFolder:
         self._lock_file = os.fdopen(descriptor, "r+")  # held until the process ends
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = self._lock_file.read().strip() or "another process"
-            raise BadInput(f"{self.path} is being trained by {owner}; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                owner = self._lock_file.read().strip() or "another process"
+                raise BadInput(f"{self.path} is being trained by {owner}; wait for it or stop it") from None
+            with contextlib.suppress(OSError):  # another file is in it where it is a run's
+                if not os.path.lexists(self.path / "config.json"):
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
+            raise BadInput(
+                f"{self.path} cannot be locked against a second process ({error.strerror}): its file system has no "
+                "file locks, or its lock service is down; name a --runs-dir on another one, such as a local disk"
+            ) from None
         self._lock_file.truncate(0)
         self._lock_file.write(f"process {os.getpid()} on {platform.node()}")
         self._lock_file.flush()
@@ -184,9 +223,11 @@ class RunFolder:
         except OSError:
             is_ours = False
         if not is_ours:
+            is_empty = not self.path.exists() or os.path.lexists(self.path / "config.json")
+            remedy = "" if is_empty or self.checkpoints else "move what is left of it away and "
             raise RunFailed(
                 f"{self.path} or its .lock was deleted or replaced while this run trained in it: nothing more is "
-                "written; start the run again"
+                f"written; {remedy}start the run again"
             )
 
     def _delete_all(self) -> None:
@@ -297,7 +338,9 @@ def describe(algorithm: str, args: RunArgs, device: torch.device, parameters: in
 
 
 def _commit() -> str | None:
-    """Of the working tree that this file lies in, "-dirty" where it was changed."""
+    """Of the working tree that this project is, "-dirty" where it was changed; None of a tree that it only lies in."""
+    if not (ROOT / ".git").exists():
+        return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True)

@@ -29,7 +29,6 @@ class ReplayMemory:
     """
 
     SEGMENT = 10_000
-    BYTES_PER_TRANSITION = 1500  # what Q*bert, the largest of the eight games, needs
 
     def __init__(self, capacity: int):
         self.capacity = capacity

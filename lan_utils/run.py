@@ -29,10 +29,11 @@ import metrics
 from lan_utils import checkpoint
 from lan_utils.atari import ended_games
 from lan_utils.checks import free_memory, refuse_unless
-from lan_utils.cli import DISK_FULL, BadInput, Progress, RunFailed, Stopped, print_line, warn
+from lan_utils.cli import DISK_FULL, STOP_SIGNALS, BadInput, Progress, RunFailed, Stopped, print_line, warn
 from lan_utils.files import replace
 from lan_utils.flags import RunArgs
 from lan_utils.folder import HasFinished, RunFolder, describe
+from lan_utils.machine import usable_cores
 
 LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
 CHUNK = 256  # observations that are measured at a time: more would only need more memory
@@ -107,6 +108,8 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())  # torch does not know a container's quota
     precision = "tf32" if args.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.fp32_precision = precision
@@ -189,18 +192,20 @@ class Run:
         parameters = sum(weight.numel() for weight in network.parameters())
         config = describe(self.algorithm, self.args, self.device, parameters)
         old = self.folder.claim()
-        if old is None:
-            self.folder.write_config(config)
-        else:
+        if old is not None:
             self._load()
+        if old:
             self.folder.record_changes(old, config, self.step)
+        else:
+            self.folder.write_config(config)
         if self.args.track:
             self._mirror(config)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
         at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
         at_the_end.push(self._leave)
-        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
-            for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            # `nohup` ignores SIGHUP. What bash starts with & ignores SIGINT, although nobody asked for that.
+            if signum in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(signum) != signal.SIG_IGN:
                 before = signal.signal(signum, self._on_signal)
                 at_the_end.callback(signal.signal, signum, before or signal.SIG_DFL)
         self.progress = Progress(self.total, self.step)
@@ -218,7 +223,9 @@ class Run:
             file = self.checkpoints.folder / f"{state['step']:010d}.ckpt"
             try:
                 run = state["run"]
-                self.folder.compare(run["algorithm"], run["args"], f"{file} is a checkpoint of other flags")
+                what = f"{file} is a checkpoint of other flags"
+                remedy = "restore this run's checkpoints, use another --exp-name, or --overwrite"
+                self.folder.compare(run["algorithm"], run["args"], what, remedy)
                 if self._saved is not None:  # read only to know which parts it needs
                     continue
                 returns = [float(score) for score in state["returns"]]
@@ -252,16 +259,20 @@ class Run:
     def _mirror(self, config: dict[str, Any]) -> None:
         import wandb
 
-        wandb.init(
-            project=self.args.wandb_project_name,
-            entity=self.args.wandb_entity,
-            id=self.folder.path.name,
-            name=self.folder.path.name,
-            resume="allow",
-            config=config["args"],
-            sync_tensorboard=True,
-            dir=str(self.folder.path),
-        )
+        try:
+            wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                id=self.folder.path.name,
+                name=self.folder.path.name,
+                resume="allow",
+                config=config["args"],
+                sync_tensorboard=True,
+                dir=str(self.folder.path),
+            )
+        except Exception as error:  # no network, no such entity: only its server knows
+            reason = str(error).split("\n", 1)[0]
+            raise RunFailed(f"--track: Weights & Biases says: {reason}; mend that, or start without --track") from None
 
     def _print_header(self, config: dict[str, Any]) -> None:
         """What is about to happen, before the first step."""
@@ -276,7 +287,8 @@ class Run:
     def _on_signal(self, signum: int, frame: Any) -> None:
         if not self.signum:
             self.signum, self._signalled_at = signum, time.monotonic()
-        elif time.monotonic() - self._signalled_at > 1:  # launchers may send one signal twice
+        # Launchers may send one signal twice, and the kernel sends SIGXCPU every second.
+        elif signum in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self._signalled_at > 1:
             raise Stopped(signum, saved=False)
         if self._stops_at_once:
             self._stop()

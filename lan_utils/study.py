@@ -46,16 +46,32 @@ ACTIVATIONS = {
     "relu-lan": Style("ReLU (LaN)", "#7F7F7F", (0, (4, 1.2, 1, 1.2))),
     "sigmoid-lan": Style("Sigmoid (LaN)", "#332288", (0, (1, 1))),
 }
+DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments beside the first
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 
 
-def style(activation: str) -> Style:
-    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name."""
-    if activation in ACTIVATIONS:
-        return ACTIVATIONS[activation]
+def style(group: str) -> Style:
+    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name.
+
+    Args:
+        group: an activation, or `<activation>@<exp_name>` for that of a second experiment beside the first.
+    """
+    if group in ACTIVATIONS:
+        return ACTIVATIONS[group]
     # Dark enough to be read on white: each channel below 200.
-    red, green, blue = (byte % 200 for byte in zlib.crc32(activation.encode()).to_bytes(4, "big")[1:])
-    return Style(activation, f"#{red:02X}{green:02X}{blue:02X}", (0, (2, 1)))
+    red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
+    color = f"#{red:02X}{green:02X}{blue:02X}"
+    activation, exp_name = split_group(group)
+    if exp_name:
+        first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
+        return first._replace(label=f"{first.label}, {exp_name}", color=color, dashes=(0, dashes))
+    return Style(activation, color, (0, (2, 1)))
+
+
+def split_group(group: str) -> tuple[str, str]:
+    """(activation, exp_name) of `<activation>@<exp_name>`; the exp_name is "" for the first experiment's groups."""
+    activation, _, exp_name = group.partition("@")
+    return activation, exp_name
 
 
 class Runs(NamedTuple):
@@ -93,6 +109,40 @@ def run_name(args: Any) -> str:
         args: has env_id, exp_name, activation and seed.
     """
     return f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
+
+
+# Games whose transitions took more than 1,250 bytes in DQN's replay memory: the larger of two kinds of random play
+# (results/replay_benchmark_every.txt has all games).
+TRANSITION_BYTES = {
+    "Alien": 1523,
+    "BattleZone": 1342,
+    "JourneyEscape": 1716,
+    "Krull": 1729,
+    "MsPacman": 1515,
+    "PrivateEye": 1283,
+    "Qbert": 1486,
+    "SpaceInvaders": 1495,
+    "UpNDown": 2181,
+    "YarsRevenge": 1531,
+}
+
+
+def transition_bytes(env_id: str) -> int:
+    """Bytes to count on for a transition in DQN's replay memory.
+
+    A fifth more than random play took: learned play sees other frames, and its bytes have not been measured.
+    """
+    return max(1500, TRANSITION_BYTES.get(env_id.removesuffix("NoFrameskip-v4"), 0) * 6 // 5)
+
+
+def dqn_memory(env_id: str, transitions: int, batch_size: int) -> int:
+    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch on its way through."""
+    return 800_000_000 + transitions * transition_bytes(env_id) + 300_000 * batch_size
+
+
+def dqn_disk(env_id: str, transitions: int) -> int:
+    """Bytes of an unfinished run, an upper estimate: the replay memory, and what else is in three checkpoints."""
+    return 300_000_000 + transitions * transition_bytes(env_id)
 
 
 # Flags that leave every weight and every logged point of the training as it is: they never block a resume.

@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -20,8 +20,8 @@ from scipy import stats
 
 from lan_utils import study
 from plots.events import open_regular, write_whole
-from plots.results import Results
-from plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band
+from plots.results import MOSTLY_CONSTANT, Results
+from plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band, normalized
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11
@@ -48,18 +48,32 @@ AXES = {
     "effective_rank_centred": "effective rank, centred",
     "dead_factors": "dead neurons of the factors",
 }
-LOOK = {
-    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
-    **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-    **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
-    **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
-    **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
-}
+# For matplotlib.style: its own defaults first, whatever the user's matplotlibrc says.
+LOOK = (
+    "default",
+    {
+        **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
+        **{"legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7},
+        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+        **{"axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6},
+        **{"lines.linewidth": 1.4, "legend.frameon": False, "legend.handlelength": 2.8, "legend.columnspacing": 1.2},
+        **{"pdf.fonttype": 42, "savefig.dpi": 200},  # a PDF's text stays text
+    },
+)
 BLACK, GREY, LIGHT = "#000000", "#666666", "#BBBBBB"
 STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
 
+SEED = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.45}  # of a single seed beside the mean
+
 Drawing = tuple[Figure | None, list[str]]  # None where there is nothing to draw; and what is missing from it
+
+
+class Drawn(NamedTuple):
+    """A figure as it was written."""
+
+    picture: bytes  # PNG; b"" where there was nothing to draw
+    caption: str
+    message: str  # what is missing from it; "" if nothing is
 
 
 @dataclass(frozen=True)
@@ -74,13 +88,15 @@ class Plot:
 
 
 def shown_activations(results: Results, plot: Plot) -> list[str]:
-    """The figure's; in one of the main set, also those that no figure of the study shows."""
-    shown = list(plot.runs.activations)
+    """The figure's, and the same of other experiments; in one of the main set, also those that no figure of the study
+    shows."""
+    drawn = results.drawn
+    found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
+    shown = set(plot.runs.activations)
     if plot.runs.activations == study.MAIN:
-        drawn = results.drawn
-        found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
-        shown += sorted(found - activations_of_study(plot.runs.algorithm) - set(shown))
-    return shown
+        shown |= {study.split_group(name)[0] for name in found} - activations_of_study(plot.runs.algorithm)
+    others = sorted(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
+    return [*plot.runs.activations, *others]
 
 
 def activations_of_study(algorithm: str) -> set[str]:
@@ -94,8 +110,9 @@ def axis_label(quantity: str) -> str:
 
 
 def plain(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: a dollar sign begins no formula, and nothing is endless."""
-    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, and what is too long loses its middle."""
+    half = longest // 2
+    return (text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}").replace("$", r"\$")
 
 
 def label_of(activation: str) -> str:
@@ -123,36 +140,46 @@ def runs_of(curves: Curves, a_game: bool = False) -> str:
     return f"{plural(most) if fewest == most else f'{fewest} to {most} runs'} a game"
 
 
-def draw_group(axes: Axes, grid: np.ndarray, curves: Curves, each_seed: bool = False, **style: Any) -> None:
-    """Line and band; or line and seeds, if they are few."""
+def possible(quantity: str) -> tuple[float, float]:
+    """Lowest and highest value that it can have: a band ends there."""
+    if any(word in quantity for word in ("dead", "dormant", "share")):
+        return 0.0, 1.0
+    return (0.0 if "rank" in quantity else -np.inf), np.inf
+
+
+def draw_group(
+    axes: Axes, grid: np.ndarray, curves: Curves, quantity: str, each_seed: bool = False, **style: Any
+) -> None:
+    """Line and band; or line and seeds, if they are few. Dashed lines lie on solid ones, which their gaps show."""
     line, band = line_and_band(curves)
-    axes.plot(grid, line, **style)
+    axes.plot(grid, line, **{"zorder": 2.0 if style.get("linestyle") == "-" else 2.2} | style)
     seeds = curve_of_each_seed(curves)
     if each_seed and 1 < len(seeds) <= FEW_SEEDS:
         for curve in seeds.values():
-            axes.plot(grid, curve, **style | {"label": None, "linewidth": 0.6, "alpha": 0.7})
+            axes.plot(grid, curve, **style | {"label": None, "zorder": 1.9} | SEED)
     elif band is not None:
-        axes.fill_between(grid, line - band, line + band, color=style["color"], alpha=0.15, linewidth=0)
+        low, high = (np.clip(edge, *possible(quantity)) for edge in (line - band, line + band))
+        axes.fill_between(grid, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_lines(
     axes: Axes, results: Results, plot: Plot, quantity: str, game: str | None = None, **style: Any
 ) -> list[str]:
-    """`draw_group` for each activation, of one game or of all; returns the activations without runs."""
+    """`draw_group` for each activation, of one game or of all; returns the activations that have no line."""
     algorithm = plot.runs.algorithm
     groups = {name: results.select_curves(algorithm, name, quantity) for name in shown_activations(results, plot)}
     games = {found for curves in groups.values() for found in curves}
     missing = []
     for activation, curves in groups.items():
         drawn = {found: seeds for found, seeds in curves.items() if game in (None, found)}
-        if not drawn:
+        if not drawn or np.isnan(line_and_band(drawn)[0]).all():
             missing.append(activation)
             continue
         label = f"{label_of(activation)}, {runs_of(curves, a_game=game is not None and len(games) > 1)}"
         if len(curves) < len(games):
             label += f", {len(curves)} of {len(games)} games"
         look = look_of(activation) | {"label": label} | style
-        draw_group(axes, results.grid(algorithm), drawn, plot.each_seed, **look)
+        draw_group(axes, results.grid(algorithm), drawn, quantity, plot.each_seed, **look)
     finish_axes(axes, results.lengths[algorithm], quantity)
     return missing
 
@@ -188,7 +215,8 @@ def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
 def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (None,)) -> Drawing:
     """One panel per quantity, side by side, in a row for each of these games or in one for all, with one legend."""
     rows, panels = len(games), len(plot.quantities)
-    figure = Figure((3.4, 2.9) if panels == 1 else (2.6 * panels, 0.5 + 2.1 * rows), layout="constrained")
+    width = 2.6 if panels < 4 else 2.3
+    figure = Figure((3.4, 2.9) if panels == 1 else (width * panels, 0.5 + 2.1 * rows), layout="constrained")
     grid = figure.subplots(rows, panels, squeeze=False)
     missing: dict[tuple[str | None, str], list[str]] = {}
     shown = shown_activations(results, plot)
@@ -200,26 +228,37 @@ def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (Non
             draw_lines(axes, results, plot, "std_dead_neurons", game, label=None, **STD_DEAD)
             dotted = [Line2D([], [], color=GREY, label=STD_DEAD_LABEL, **STD_DEAD)]
             axes.set_ylabel(axis_label(quantity))
-        if quantity == "score" and game:
-            axes.set_ylabel(f"return in {plain(game)}")
+        if game:
+            axes.set_title(plain(game))
         if row < rows - 1:
             axes.set_xlabel("")
     if all(len(names) == len(shown) for names in missing.values()):
         return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in plot.quantities)}"]
     add_legend(figure, dotted)
     return figure, [
-        f"no {label_of(name)}" + (f" in {game}" if rows > 1 else "")
+        what + (f" in {game}" if rows > 1 else "")
         for game in games
         for name in shown
-        if any(name in missing[game, quantity] for quantity in plot.quantities)
+        for what in what_is_missing(name, [q for q in plot.quantities if name in missing[game, q]], panels)
     ]
+
+
+def what_is_missing(activation: str, quantities: Sequence[str], panels: int) -> list[str]:
+    """An activation without a line in these of a row's panels: in all of them, or in some."""
+    if len(quantities) == panels:
+        return [f"no {label_of(activation)}"]
+    return [f"no line of {label_of(activation)} for {axis_label(quantity)}" for quantity in quantities]
+
+
+def games_of(results: Results, algorithm: str) -> list[str]:
+    drawn = results.drawn
+    return sorted(set(drawn.loc[drawn["algorithm"] == algorithm, "game"]))
 
 
 def draw_study(results: Results, plot: Plot) -> Drawing:
     """`draw_panels` of what there is, few seeds each; few games each, with the return as it is, or else their mean."""
     algorithm = plot.runs.algorithm
-    drawn = results.drawn
-    games = sorted(set(drawn.loc[drawn["algorithm"] == algorithm, "game"]))
+    games = games_of(results, algorithm)
     few = len(games) <= FEW_GAMES
     quantities = ["score" if few else plot.quantities[0], *plot.quantities[1:]]
     shown = shown_activations(results, plot)
@@ -245,7 +284,7 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
         axes = figure.add_subplot(rows, columns, place + 1)
         missing += [f"no {label_of(name)} in {game}" for name in draw_lines(axes, results, plot, "score", game)]
         axes.set_title(plain(game))
-        axes.locator_params(axis="x", nbins=3 if columns > 1 else 5)
+        axes.locator_params(axis="x", nbins=4 if columns > 1 else 5)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("agent steps" if place + columns >= len(games) else "")
         axes.set_ylabel("" if place % columns else "return")
@@ -400,13 +439,13 @@ def draw_dying(results: Results, plot: Plot) -> Drawing:
         for activation in (base, lan):
             look = look_of(activation)
             if curves := groups[activation]:
-                draw_group(top, grid, curves, **look)
+                draw_group(top, grid, curves, "dead_neurons", **look)
                 label = f"{label_of(activation)}, {runs_of(curves)}"
                 handles.append(Line2D([], [], **look, label=label))
             if curves := results.select_curves(plot.runs.algorithm, activation, "std_dead_neurons"):
-                draw_group(top, grid, curves, color=look["color"], **STD_DEAD)
+                draw_group(top, grid, curves, "std_dead_neurons", color=look["color"], **STD_DEAD)
         if factors:
-            draw_group(top, grid, factors, color=LIGHT, linestyle="-", zorder=1, linewidth=2.4)
+            draw_group(top, grid, factors, "dead_factors", color=LIGHT, linestyle="-", zorder=1, linewidth=2.4)
         finish_axes(top, results.lengths[plot.runs.algorithm], "dead_neurons")
         top.set_title(f"{label_of(base)} without and with a LaN")
 
@@ -415,6 +454,8 @@ def draw_dying(results: Results, plot: Plot) -> Drawing:
         bottom.plot(p, law(p), color=BLACK, linewidth=1.0)
         bottom.set_title(f"predicted: {formula}")
         colour = study.style(lan).color
+        if not factors:
+            bottom.text(0.97, 0.04, f"no run of {label_of(lan)}", ha="right", color=GREY, fontsize=7)
         for game, seeds in factors.items():
             for seed, factor in seeds.items():
                 z = groups[lan].get(game, {}).get(seed)
@@ -450,7 +491,11 @@ def draw_dying(results: Results, plot: Plot) -> Drawing:
 
 
 BAND = "Line: mean over games and seeds; band: standard deviation over seeds of the mean over games."
-SCORE = f"Scores are the mean of the last {LAST_GAMES} games; 0 and 1 are the lowest and highest point of ReLU's curve."
+EXTREMES = (
+    "0 and 1 are the lowest and highest value of ReLU's seed-mean curve from the agent step on at which every seed has "
+    f"ended {LAST_GAMES} games"
+)
+SCORE = f"Scores are the mean of the last {LAST_GAMES} games; {EXTREMES}."
 RANKS = "Effective rank (99 % of the singular values' sum) of z; right-hand axis: as a share of the 512 neurons."
 CENTRED = "Left: of z as it is, as in the paper; right: of z minus each neuron's mean."
 GAME_SCORE = f"Mean return of the last {LAST_GAMES} games. Line and band: mean and standard deviation over seeds."
@@ -459,12 +504,13 @@ DENSITY = (
     f"seed), each scaled to its own peak; dead: the peak reaches {DEAD_THRESHOLD:.0f}."
 )
 STUDY = (
-    f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU (0 and 1: the "
-    f"lowest and highest point of its curve). Left: mean return of the last {LAST_GAMES} games. Middle: dead neurons "
-    "of z by the paper's kernel density, dotted by a standard deviation below 0.001. Right: effective rank of z, and "
-    f"as a share of its 512 neurons. Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
+    f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU's. "
+    f"From left to right: mean return of the last {LAST_GAMES} games; dead neurons of z by the paper's kernel density, "
+    "which takes a small z for a dead one; constant neurons, by a standard deviation below 0.001; effective rank of z "
+    "minus each neuron's mean, and as a share of its 512 neurons (the paper's, of z as it is: Figures 6b and 8b). "
+    f"Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
 )
-STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "effective_rank")
+STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "std_dead_neurons", "effective_rank_centred")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
 NORMALIZED = ("normalized_score",)
 
@@ -495,7 +541,8 @@ FIGURES = {
         draw_panels,
         "Dead neurons of z while DQN trains: by the paper's kernel density (left), which depends on the activation's "
         "scale; by a standard deviation below 0.001 (middle); and by the kernel density after dividing z by the "
-        f"layer's typical standard deviation (right). {BAND}",
+        "layer's typical standard deviation (right). That last count has no value where more than "
+        f"{100 * MOSTLY_CONSTANT:.0f} % of a run's z is constant; where one run has none, nor has the line. {BAND}",
         study.FIGURES["6"],
         ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled"),
     ),
@@ -529,14 +576,16 @@ FIGURES = {
         "What a LaN does to dying neurons in trained networks (kernel density). Top: dead neurons while DQN trains, "
         "of a single layer, of a LaN and of its factors (dotted: by standard deviation). Bottom: dead neurons of the "
         "LaN against those of its factors (small dots: during training, large dots: after it) and of the same seed's "
-        "single layer after training (squares); line: Table 1, of independent neurons; dashed: no change.",
+        "single layer after training (squares); line: Table 1, of independent neurons; dashed: no change. A product of "
+        "two small numbers is smaller still, and this count takes small activations for dead ones: what lies above the "
+        "line need not have died.",
         study.FIGURES["13"],
     ),
     "fig14_dqn_relu_lan": Plot(
         draw_panels,
         f"DQN with ReLU, without and with a LaN: score, dead neurons, effective rank. {SCORE} {BAND}",
         study.FIGURES["14"],
-        STUDY_QUANTITIES,
+        ("normalized_score", "dead_neurons", "effective_rank"),
     ),
     "fig15_dqn_human_normalized": Plot(
         draw_panels,
@@ -566,22 +615,44 @@ def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
     return figures
 
 
-def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> tuple[bytes, str]:
-    """Write a figure as <name>.png and <name>.pdf.
+def about_normalization(results: Results, plot: Plot) -> list[str]:
+    """Sentences for the caption of a figure that shows normalised scores: what a random player's would be, and where
+    the whole of ReLU's curve made the scale."""
+    algorithm = plot.runs.algorithm
+    few = plot.draw is draw_study and len(games_of(results, algorithm)) <= FEW_GAMES  # shows returns
+    if "normalized_score" not in plot.quantities or few:
+        return []
+    found = {
+        game
+        for name in shown_activations(results, plot)
+        for game in results.select_curves(algorithm, name, "normalized_score")
+    }
+    scales = {game: results.scales[algorithm, game] for game in sorted(found)}
+    random = {game: low for game, (low, _) in study.read_atari_scores().items()}
+    scores = [
+        f"{normalized(random[game], scale[:2]):.2f} in {game}" for game, scale in scales.items() if game in random
+    ]
+    early = [game for game, scale in scales.items() if scale.since is None]
+    sentences = [f"Of the normalised return {EXTREMES}."] if plot.draw is draw_study else []
+    sentences += [f"A random player would score {' and '.join(scores)}."] if scores else []
+    if early:
+        sentences.append(f"In {', '.join(early)} no such agent step was reached: 0 and 1 are of ReLU's whole curve.")
+    return sentences
 
-    Returns:
-        The PNG, b"" where there is nothing to draw; and what is missing from it, "" if nothing is.
+
+def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
+    """Write a figure as <name>.png and <name>.pdf.
 
     Raises:
         OSError: a file cannot be written.
     """
     if plot.runs.algorithm not in results.lengths:
-        return b"", f"not drawn, no {plot.runs.algorithm.upper()} run"
-    with matplotlib.rc_context(LOOK), warnings.catch_warnings():
+        return Drawn(b"", "", f"not drawn, no {plot.runs.algorithm.upper()} run")
+    with matplotlib.style.context(LOOK), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a game's name in a script that the font lacks
         figure, missing = plot.draw(results, plot)
         if figure is None:
-            return b"", f"not drawn, {', '.join(missing)}"
+            return Drawn(b"", "", f"not drawn, {', '.join(missing)}")
         if engine := figure.get_layout_engine():
             engine.execute(figure)
             figure.set_layout_engine("none")  # laid out once, for both files
@@ -589,4 +660,8 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> tuple[bytes,
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata)
             write_whole(out_dir / f"{name}.{suffix}", buffer.getvalue())
-    return buffer.getvalue(), f"drawn in part, {', '.join(missing)}" if missing else ""
+    caption = [plot.caption, *about_normalization(results, plot)]
+    if not missing:
+        return Drawn(buffer.getvalue(), " ".join(caption), "")
+    caption.append(f"Missing here: {'; '.join(what.removeprefix('no ') for what in missing)}.")
+    return Drawn(buffer.getvalue(), " ".join(caption), f"drawn in part, {', '.join(missing)}")

@@ -13,8 +13,15 @@ import pandas as pd
 
 from lan_utils import study
 from plots.events import write_whole
-from plots.figures import Plot
-from plots.results import GRID_POINTS, Results, Run, activations_of, algorithms_of, missing_runs
+from plots.results import (
+    GRID_POINTS,
+    MOSTLY_CONSTANT,
+    Results,
+    Run,
+    activations_of,
+    algorithms_of,
+    missing_runs,
+)
 from plots.statistics import (
     LAST_GAMES,
     RESAMPLES,
@@ -63,7 +70,10 @@ CLAIMS = (
     ("dead_neurons_scaled", "tanh-lan", "<", "tanh", MEAN),
 )
 RETURN_CLAIMS = (("tanh-lan", ">", "tanh"), ("tanh-lan", ">=", "relu"))
-CLAIM_COLUMNS = (*("algorithm", "claim", "quantity", "when", "games", "difference", "low", "high", "pairs", "verdict"),)
+CLAIM_COLUMNS = (
+    *("algorithm", "claim", "quantity", "when", "games", "difference", "low", "high", "pairs", "without_value"),
+    "verdict",
+)
 
 
 def pair(first: ByGame, second: ByGame) -> dict[str, dict[int, float]]:
@@ -95,42 +105,59 @@ def make_claims(results: Results) -> pd.DataFrame:
     Returns:
         CLAIM_COLUMNS: `claim` as "first > second"; `difference`, first minus second, with its 95 % interval `low` to
         `high` (`statistics.paired_difference`); `games` whose pairs it is made of: all together, then, where there are
-        several, each on its own (returns only so: no two games count in the same points); `verdict` confirmed,
-        contradicted or open.
+        several, each on its own (returns only so: no two games count in the same points); `pairs` that have a value,
+        `without_value` those of which a run has none; `verdict` confirmed, contradicted or open.
     """
-    rows = [row for algorithm in results.lengths for row in claims_of(results, algorithm)]
+    rows = []
+    for algorithm in results.lengths:
+        drawn = results.drawn
+        groups = drawn.loc[drawn["algorithm"] == algorithm, "activation"]
+        for exp_name in sorted({"", *(study.split_group(group)[1] for group in groups)}):
+            rows += claims_of(results, algorithm, exp_name)
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
 
 
-def claims_of(results: Results, algorithm: str) -> list[list]:
-    """Rows of `make_claims` for one algorithm."""
+def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list]:
+    """Rows of `make_claims` for one algorithm; of an experiment beside the first, those that have a pair of runs."""
     rows = []
+    suffix = f"@{exp_name}" if exp_name else ""
 
     def values(activation: str, quantity: str) -> ByGame:
         return results.final_values(algorithm, activation, quantity)
 
-    def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str) -> None:
-        groups = [{game: seeds} for game, seeds in differences.items()]
+    def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, runs: ByGame) -> None:
+        if exp_name and not differences:
+            return
+        groups = [[game] for game in runs]
         if len(groups) != 1 and quantity != "final_return":
-            groups = [differences, *groups]
+            groups = [list(runs), *groups]
         for group in groups:
-            found = paired_difference(group)
-            repeated = [game for game, seeds in group.items() if len(seeds) > 1]
-            games = " ".join(repeated or group)
-            rows.append([algorithm, claim, quantity, when, games, *found[:3], found.pairs, verdict(found, relation)])
+            of_group = {game: differences[game] for game in group if game in differences}
+            found = paired_difference(of_group)
+            repeated = [game for game, seeds in of_group.items() if len(seeds) > 1]
+            games = " ".join(repeated or of_group or group)
+            lacking = sum(len(runs[game]) - len(of_group.get(game, ())) for game in group)
+            row = [algorithm, claim, quantity, when, games, *found[:3], found.pairs, lacking]
+            rows.append([*row, verdict(found, relation)])
+
+    def pairs_of_runs(first: str, second: str) -> ByGame:
+        return pair(values(first, "seed"), values(second, "seed"))
 
     for quantity, first, relation, second, when in CLAIMS:
+        first, second = first + suffix, second + suffix
         if when == MEAN:
             differences = pair_of_means(results, algorithm, quantity, first, second)
         else:
             differences = pair(values(first, quantity), values(second, quantity))
-        add(differences, f"{first} {relation} {second}", quantity, when, relation)
-    differences = pair(values("tanh-lan", "dead_neurons"), values("tanh-lan", "dead_factors"))
-    add(differences, "tanh-lan: z < mean of its factors", "dead_neurons", END, "<")
+        add(differences, f"{first} {relation} {second}", quantity, when, relation, pairs_of_runs(first, second))
+    lan = f"tanh-lan{suffix}"
+    differences = pair(*(values(lan, quantity) for quantity in ("dead_neurons", "dead_factors")))
+    add(differences, f"{lan}: z < mean of its factors", "dead_neurons", END, "<", pairs_of_runs(lan, lan))
     for first, relation, second in RETURN_CLAIMS:
+        first, second = first + suffix, second + suffix
         for quantity in ("normalized_score", "final_return"):
             differences = pair(values(first, quantity), values(second, quantity))
-            add(differences, f"{first} {relation} {second}", quantity, END, relation)
+            add(differences, f"{first} {relation} {second}", quantity, END, relation, pairs_of_runs(first, second))
     return rows
 
 
@@ -150,13 +177,16 @@ def claims_table(claims: pd.DataFrame) -> Table:
     cells.insert(5, "difference [95 %]", [with_ends(row) for _, row in claims.iterrows()])
     cells["algorithm"] = cells["algorithm"].str.upper()
     cells["games"] = cells["games"].replace("", NOTHING)
+    cells = cells.rename(columns={"without_value": "without a value"})
     return Table(
         "claims",
         "The paper's claims",
         "Difference: first minus second of the claim, over pairs of runs of the same game and seed, after training or "
         "as the mean over training. Interval: 95 %, Student's t over the paired seeds within each game, then the mean "
         "over games (degrees of freedom after Welch and Satterthwaite); other seeds, not other games. A game with one "
-        "pair stays out where others have more. Confirmed: the interval lies wholly on the claim's side of 0; "
+        "pair stays out where others have more. Without a value: further pairs of which a run has none, as "
+        f"`dead_neurons_scaled` where more than {100 * MOSTLY_CONSTANT:.0f} % of z is constant (over training: of the "
+        "agent steps at which both runs have one). Confirmed: the interval lies wholly on the claim's side of 0; "
         "contradicted: wholly on the other; open: it includes 0, or there are fewer than two pairs. "
         "No correction for the number of claims. Every game on its own: `claims.csv`.",
         cells.astype(str),
@@ -166,14 +196,20 @@ def claims_table(claims: pd.DataFrame) -> Table:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def mean_and_deviation(values: ByGame, form: str) -> str:
-    """The line and the band of a figure, at its end."""
+def mean_and_deviation(values: ByGame, form: str, runs: int | None = None) -> str:
+    """The line and the band of a figure, at its end.
+
+    Args:
+        runs: that could have a value; says so where fewer have.
+    """
     if not values:
         return NOTHING
+    found = sum(map(len, values.values()))
     line, band = line_and_band(
         {game: {seed: np.array([v]) for seed, v in seeds.items()} for game, seeds in values.items()}
     )
-    return f"{line[0]:{form}}" + (f" ± {band[0]:{form}}" if band is not None else "")
+    text = f"{line[0]:{form}}" + (f" ± {band[0]:{form}}" if band is not None else "")
+    return text if runs in (None, found) else f"{text} ({found} of {runs} runs)"
 
 
 def with_interval(value: float, low: float, high: float) -> str:
@@ -212,7 +248,8 @@ def make_tables(results: Results, runs: Sequence[Run]) -> list[Table]:
                 "missing": len(missing.get((algorithm, activation), [])),
             }
             for title, (quantity, form) in SUMMARY.items():
-                row[title] = mean_and_deviation(results.final_values(algorithm, activation, quantity), form)
+                found = results.final_values(algorithm, activation, quantity)
+                row[title] = mean_and_deviation(found, form, int(drawn.sum()))
             summary.append(head | row)
 
             row = {}
@@ -240,7 +277,8 @@ def make_tables(results: Results, runs: Sequence[Run]) -> list[Table]:
             "Table 2: performance, dead neurons, rank",
             "After training: mean over games and seeds ± standard deviation over seeds of the mean over games. "
             "Dead: by kernel density as in the paper, by a standard deviation below 0.001, by kernel density after "
-            "dividing z by the layer's typical standard deviation. Centred: effective rank of z minus each neuron's "
+            "dividing z by the layer's typical standard deviation (no value where more than "
+            f"{100 * MOSTLY_CONSTANT:.0f} % of z is constant). Centred: effective rank of z minus each neuron's "
             "mean. Left out: unfinished, of another length, damaged, or a seed's second run. Missing: others have it.",
             pd.DataFrame(summary).astype(str),
         ),
@@ -286,14 +324,18 @@ def as_markdown(table: Table) -> str:
 
 def write_markdown(
     tables: Sequence[Table],
-    figures: Mapping[str, Plot],
-    pictures: Mapping[str, bytes],
+    captions: Mapping[str, str],
     messages: Sequence[str],
     summary: str,
     file: Path,
 ) -> None:
+    """results.md.
+
+    Args:
+        captions: of the figures that were drawn, by name.
+    """
     parts = ["# Results\n", summary + "\n", *map(as_markdown, tables)]
-    parts += ["## Figures\n", *(f"- `{name}` {figures[name].caption}" for name in pictures)] if pictures else []
+    parts += ["## Figures\n", *(f"- `{name}` {caption}" for name, caption in captions.items())] if captions else []
     parts += ["\n## Missing or left out\n", *(f"- {line}" for line in messages)] if messages else []
     write_whole(file, ("\n".join(parts) + "\n").encode())
 
@@ -306,7 +348,7 @@ def every_run(results: Results) -> Table:
 
 def write_page(
     tables: Sequence[Table],
-    figures: Mapping[str, Plot],
+    captions: Mapping[str, str],
     pictures: Mapping[str, bytes],
     messages: Sequence[str],
     summary: str,
@@ -315,15 +357,13 @@ def write_page(
     """Everything on one page that needs no other file; all text in it is escaped.
 
     Args:
-        pictures: PNGs by the names of figures.
+        captions, pictures: of the figures that were drawn, by name; a picture is a PNG.
     """
     shown = []
     for name, picture in pictures.items():
         (width,) = struct.unpack(">I", picture[16:20])  # of a PNG
         data = base64.b64encode(picture).decode()
-        shown.append(
-            {"name": name, "title": title_of(name), "caption": figures[name].caption, "data": data, "width": width}
-        )
+        shown.append({"name": name, "title": title_of(name), "caption": captions[name], "data": data, "width": width})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,9 +1,11 @@
 """Run folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
 
+import contextlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,7 @@ MAX_JSON = 1_000_000  # bytes of a config.json or status.json
 MAX_STEPS = 2**62  # agent steps, seeds: what an int64 holds
 
 STATES = ("running", "stopped", "failed", "finished")  # of status.json
+MOSTLY_CONSTANT = 0.99  # as in metrics.py: where more of a layer is constant, the scaled count has no value
 FACTORS = ("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_z_star2")
 # Final values in results.csv: what other programs rely on first.
 FINAL_VALUES = (
@@ -43,7 +46,7 @@ class Run:
     folder: Path
     algorithm: str  # "" where config.json does not say
     game: str
-    activation: str
+    activation: str  # `<activation>@<exp_name>` where it is drawn beside another experiment
     seed: int
     flags: dict[str, Any]
     finished: bool
@@ -55,6 +58,11 @@ class Run:
     @property
     def name(self) -> str:
         return printable(self.folder.name)
+
+    @property
+    def exp_name(self) -> str:
+        name = self.flags.get("exp_name")
+        return printable(name) if isinstance(name, str) else ""
 
     @property
     def planned_steps(self) -> int:
@@ -69,7 +77,9 @@ def printable(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------- find runs
 
-RUN_NAME = re.compile(r"(?P<game>\w+)NoFrameskip-v4__.+__(?P<activation>[a-z0-9-]+)__(?P<seed>[0-9]{1,18})")
+RUN_NAME = re.compile(
+    r"(?P<game>\w+)NoFrameskip-v4__(?P<exp_name>.+)__(?P<activation>[a-z0-9-]+)__(?P<seed>[0-9]{1,18})"
+)
 
 
 def read_json(path: Path) -> Any:
@@ -129,6 +139,8 @@ def read_config(folder: Path) -> Run:
 def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
     """The runs in a folder, without their points, and a message on what else is there.
 
+    A folder with neither a config.json nor a .lock is no run of ours, whatever its name.
+
     Raises:
         BadInput: there is no such folder, or no run in it.
     """
@@ -145,17 +157,73 @@ def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
             runs.append(read_config(folder))
         except (OSError, ValueError) as error:
             match = RUN_NAME.fullmatch(folder.name)
-            if not match:
-                strangers.append(printable(folder.name))
+            is_foreign = isinstance(error, FileNotFoundError) and not os.path.lexists(folder / ".lock")
+            if not match or is_foreign:
+                strangers.append(folder)
                 continue
             detail = "" if isinstance(error, (OSError, json.JSONDecodeError)) else f" ({error})"
             reason = f"config.json is missing or unreadable{printable(detail)}"
-            runs.append(Run(folder, "", match["game"], match["activation"], int(match["seed"]), {}, False, reason))
+            flags = {"exp_name": match["exp_name"]}
+            runs.append(Run(folder, "", match["game"], match["activation"], int(match["seed"]), flags, False, reason))
+    holders = sorted({run.parent for folder in strangers for run in runs_below(folder)})
     if not runs:
-        hint = "it is a run's folder itself: name its parent" if (runs_dir / "config.json").exists() else "train first"
+        hint = "train first"
+        if holders:
+            hint = f"it holds folders of runs: name one of them, {some_of(map(str, holders))}"
+        elif (runs_dir / "config.json").exists():
+            hint = "it is a run's folder itself: name its parent"
+        elif strangers:
+            hint = f"none of its folders has a config.json that a run wrote: {some_of(map(name_of, strangers))}"
         raise BadInput(f"--runs-dir {runs_dir} holds no run; {hint}")
-    messages = [f"{len(strangers)} folders are no runs: {', '.join(strangers)}"] if strangers else []
+    messages = []
+    if strangers:
+        what = f"{len(strangers)} folders are no runs" if len(strangers) > 1 else "1 folder is no run"
+        messages.append(f"{what}: {', '.join(map(name_of, strangers))}")
+    if holders:
+        messages.append(f"not drawn, in folders of their own: the runs in {some_of(map(str, holders))}")
     return runs, messages
+
+
+def name_of(folder: Path) -> str:
+    return printable(folder.name)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first five."""
+    names = list(map(printable, names))
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The run folders one and two levels below a folder."""
+    found = []
+    for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(read_config(config.parent).folder)
+    return found
+
+
+def choose_experiments(runs: Sequence[Run], exp_names: Sequence[str]) -> list[Run]:
+    """The runs of these experiments; all of them where none is named.
+
+    Of each algorithm, the runs of the first experiment named stay as they are. Every other experiment's activations
+    become groups of their own, `<activation>@<exp_name>`.
+
+    Raises:
+        BadInput: no run is of one of these experiments.
+    """
+    found = {run.exp_name for run in runs}
+    for name in exp_names:
+        if name not in found:
+            raise BadInput(f"--exp-name {name}: no run has it; there are: {', '.join(sorted(filter(None, found)))}")
+    chosen = [run for run in runs if not exp_names or run.exp_name in exp_names]
+    for algorithm in {run.algorithm for run in chosen} if exp_names else ():
+        names = {run.exp_name for run in chosen if run.algorithm == algorithm}
+        first = min(names, key=exp_names.index)
+        for run in chosen:
+            if run.algorithm == algorithm and run.exp_name != first:
+                run.activation += f"@{run.exp_name}"
+    return chosen
 
 
 def algorithms_of(runs: Sequence[Run]) -> list[str]:
@@ -206,12 +274,21 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
     for algorithm in algorithms_of(runs):
         candidates = [run for run in runs if run.algorithm == algorithm and not run.left_out]
         planned = usual_length([run.planned_steps for run in candidates]) if candidates else 0
+        named = Counter(run.exp_name for run in runs if run.algorithm == algorithm)
         same = defaultdict(list)
         for run in candidates:
             same[run.game, run.activation, run.seed].append(run)
         for twins in same.values():
-            # Two experiments of one seed are not two seeds; a quick try does not replace the study's run.
-            best = max(twins, key=lambda run: (equally_long(run.planned_steps, planned), run.finished, run.agent_steps))
+            # Two experiments of one seed are not two seeds; no quick try and no ablation replaces the study's run.
+            best = max(
+                twins,
+                key=lambda run: (
+                    equally_long(run.planned_steps, planned),
+                    named[run.exp_name],
+                    run.finished,
+                    run.agent_steps,
+                ),
+            )
             for run in twins:
                 if run is not best:
                     run.left_out = f"same seed as {best.name}"
@@ -248,8 +325,9 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
         which = "; ".join(f"{game} {', '.join(found)}" for game, found in by_game.items())
         lines.append(f"missing, {algorithm} {activation}, {len(seeds)} run(s) that others have: {which}")
     harmless = study.NEUTRAL_FLAGS | study.NAMING_FLAGS
-    for algorithm in algorithms_of(runs):
-        drawn = [run for run in runs if run.algorithm == algorithm and not run.left_out]
+    for algorithm, exp_name, found in by_experiment(runs):
+        drawn = [run for run in found if not run.left_out]
+        whose = f"{algorithm} runs of {exp_name}" if exp_name else f"{algorithm} runs"
         for flag in sorted({flag for run in drawn for flag in run.flags} - harmless):
             values = defaultdict(list)
             for run in drawn:
@@ -261,16 +339,25 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
                     + (f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if i else "")
                     for i, (value, names) in enumerate(ranked)
                 )
-                lines.append(f"mixed, {algorithm} runs differ in --{printable(flag).replace('_', '-')}: {which}")
+                lines.append(f"mixed, {whose} differ in --{printable(flag).replace('_', '-')}: {which}")
     lines += [f"damaged, {run.name}: {printable(', '.join(run.problems))}" for run in runs if run.problems]
     return lines
+
+
+def by_experiment(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
+    """(algorithm, exp_name, runs) of each experiment; the first experiment's exp_name is ""."""
+    for algorithm in algorithms_of(runs):
+        found = defaultdict(list)
+        for run in runs:
+            if run.algorithm == algorithm:
+                found[study.split_group(run.activation)[1]].append(run)
+        yield from ((algorithm, exp_name, found[exp_name]) for exp_name in sorted(found))
 
 
 def missing_runs(runs: Sequence[Run]) -> dict[tuple[str, str], list[tuple[str, int]]]:
     """(game, seed) that other activations of the algorithm have, and not even an unfinished run here."""
     missing = {}
-    for algorithm in algorithms_of(runs):
-        found = [run for run in runs if run.algorithm == algorithm]
+    for algorithm, _, found in by_experiment(runs):
         wanted = {(run.game, run.seed) for run in found}
         for activation in activations_of(found):
             has = {(run.game, run.seed) for run in found if run.activation == activation}
@@ -295,12 +382,14 @@ class Results:
             the mean over a LaN's factors of their dead neurons.
         lengths: agent steps at the end of each algorithm's grid.
         folders: of the drawn runs, by `run`.
+        scales: of the normalised score, by algorithm and game; none where there is no ReLU baseline.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     lengths: dict[str, int]
     folders: dict[str, Path]
+    scales: dict[tuple[str, str], statistics.Scale] = field(default_factory=dict)
 
     @property
     def drawn(self) -> pd.DataFrame:
@@ -337,12 +426,29 @@ class Results:
         return np.linspace(0, self.lengths[algorithm], GRID_POINTS)
 
 
+def without_rounding(points: dict[str, Points]) -> dict[str, Points]:
+    """A run's points; `dead_neurons_scaled` is NaN wherever more than MOSTLY_CONSTANT of the layer is constant.
+
+    Runs do not log it there. Those of before did, and it measured rounding.
+    """
+    tag = f"{REPRESENTATION}dead_neurons_scaled"
+    constant, scaled = points.get(f"{REPRESENTATION}std_dead_neurons"), points.get(tag)
+    if constant is None or (scaled is None and (constant["value"] <= MOSTLY_CONSTANT).any()):
+        return points
+    known = {} if scaled is None else dict(zip(scaled["step"].tolist(), scaled["value"].tolist(), strict=True))
+    found = constant.copy()
+    found["value"] = [
+        known.get(step, np.nan) if share <= MOSTLY_CONSTANT else np.nan for step, share in constant.tolist()
+    ]
+    return points | {tag: found}
+
+
 def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
     """{quantity: (grid,)} of a run's own points; what needs other runs is not here."""
     # Equally long runs may have logged their last point a little earlier.
     after = grid > run.agent_steps + LENGTH_TOLERANCE * grid[-1] * run.finished
     curves = {}
-    for tag, points in run.points.items():
+    for tag, points in without_rounding(run.points).items():
         if tag == RETURN:
             curve = statistics.score_curve(points, grid)
         else:
@@ -355,8 +461,9 @@ def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def finals_of(run: Run) -> dict[str, float]:
-    """Mean return of the last 100 games; the last measurement of everything else."""
-    finals = {tag.removeprefix(REPRESENTATION): float(points["value"][-1]) for tag, points in run.points.items()}
+    """Mean return of the last 100 games; the last measurement of everything else, if it has a value."""
+    last = {tag: float(points["value"][-1]) for tag, points in without_rounding(run.points).items()}
+    finals = {tag.removeprefix(REPRESENTATION): value for tag, value in last.items() if not np.isnan(value)}
     if RETURN in run.points:
         finals["final_return"] = float(np.mean(run.points[RETURN]["value"][-LAST_GAMES:], dtype=float))
     if "effective_rank" in finals:
@@ -375,14 +482,20 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
         grid = None if run.left_out else np.linspace(0, lengths[run.algorithm], GRID_POINTS)
         curves.append({} if grid is None else curves_of(run, grid))
 
-    messages = []
+    messages, scales = [], {}
     human = study.read_atari_scores()
     by_game = defaultdict(list)
     for i, run in enumerate(runs):
         by_game[run.algorithm, run.game].append(i)
     for (algorithm, game), places in sorted(by_game.items()):
-        relu = [curves[i]["score"] for i in places if runs[i].activation == "relu" and "score" in curves[i]]
-        extremes = statistics.extremes_of_mean(relu)
+        relu = [i for i in places if runs[i].activation == "relu" and "score" in curves[i]]
+        extremes = None
+        if relu:
+            since = max(statistics.hundredth_game(runs[i].points[RETURN]) for i in relu)
+            grid = np.linspace(0, lengths[algorithm], GRID_POINTS)
+            scale = statistics.scale_of([curves[i]["score"] for i in relu], grid, since)
+            if scale:
+                scales[algorithm, game], extremes = scale, scale[:2]
         if any(not runs[i].left_out for i in places):
             if not relu:
                 messages.append(f"no normalised score, {algorithm} {game}: no finished ReLU baseline with a score")
@@ -397,7 +510,7 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
                 if "score" in curves[i] and not np.isnan(statistics.normalized(0.0, ends)):
                     curves[i][quantity] = statistics.normalized(curves[i]["score"], ends)
     folders = {run.name: run.folder for run in runs if not run.left_out}
-    results = Results(runs_table(runs, finals), curves_table(runs, curves, lengths), lengths, folders)
+    results = Results(runs_table(runs, finals), curves_table(runs, curves, lengths), lengths, folders, scales)
     return results, list(dict.fromkeys(messages))
 
 

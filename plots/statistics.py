@@ -50,6 +50,37 @@ def normalized(score: Any, extremes: tuple[float, float] | None) -> Any:
     return (score - extremes[0]) / (extremes[1] - extremes[0])
 
 
+class Scale(NamedTuple):
+    """What 0 and 1 of a normalised score are."""
+
+    low: float
+    high: float
+    since: int | None  # agent step from which on ReLU's curve was looked at; None: all of it
+
+
+def hundredth_game(games: Points) -> float:
+    """Agent step at which the hundredth game ended; inf for a run without one."""
+    return float(games["step"][LAST_GAMES - 1]) if len(games) >= LAST_GAMES else np.inf
+
+
+def scale_of(curves: Sequence[np.ndarray], grid: np.ndarray, since: float) -> Scale | None:
+    """Min and max of Eq. 6, of the ReLU baseline's seed-mean curve.
+
+    Args:
+        curves: (grid,) of each seed.
+        grid: agent steps.
+        since: agent step at which the last of the seeds ended its hundredth game. Before it a few games make the mean,
+            and they would set the zero. Where no point lies behind it, the whole curve counts.
+
+    Returns:
+        None where no point has a value in every curve.
+    """
+    if settled := extremes_of_mean([curve[grid >= since] for curve in curves]):
+        return Scale(*settled, int(since))
+    whole = extremes_of_mean(curves)
+    return Scale(*whole, None) if whole else None
+
+
 def extremes_of_mean(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
     """Lowest and highest value of the seed-mean curve, the min and max of Eq. 6 ("single values", Appendix D.1).
 

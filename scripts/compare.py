@@ -1,6 +1,7 @@
 """A few runs side by side: what became of their neurons, in numbers and in one picture.
 
 python scripts/compare.py RUN_FOLDER RUN_FOLDER --out compare.png
+python scripts/compare.py runs/Breakout*__1 --exp-name dqn_atari_lan lr1e-4   (of two experiments, side by side)
 
 The study's figures take many runs (`plot_results.py`); this is for two or three, finished or not. In the upper row a
 column is a neuron and a row an observation of activations.npz, which a run writes when it finishes.
@@ -11,19 +12,24 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
 from lan_utils.cli import BadInput, leave, one_line_errors, parse
-from plots import figures
+from plots import figures, matplotlib
 from plots.events import REPRESENTATION, read_events, write_whole
-from plots.results import Run, finals_of, read_config
+from plots.figures import Axes, Figure, Line2D
+from plots.results import (
+    MOSTLY_CONSTANT,
+    Run,
+    choose_experiments,
+    finals_of,
+    read_config,
+    runs_below,
+    without_rounding,
+)
 
 OBSERVATIONS = 150  # rows of a map of neurons
 CONTRAST = 2.0  # the darkest colour stands for this many of the layer's typical standard deviations
@@ -36,6 +42,8 @@ class Args:
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """the runs' folders"""
+    exp_name: tuple[str, ...] = ()
+    """of these folders, take the runs of these experiments only; those after the first under names of their own"""
     out: Path = Path("compare.png")
     """the picture, which is replaced where there is one"""
 
@@ -49,10 +57,13 @@ def read_run(folder: Path) -> Run:
     try:
         run = read_config(folder)
     except (OSError, ValueError):
-        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable") from None
+        inside = runs_below(folder)
+        hint = f"; name a run in it, e.g. {inside[0]}" if inside else ""
+        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}") from None
     run.points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
-    if f"{REPRESENTATION}{DEAD}" not in run.points:
+    if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
+    run.points = without_rounding(run.points)
     return run
 
 
@@ -81,6 +92,8 @@ def table(runs: list[Run]) -> list[str]:
     lines = [" " * 17 + "".join(label.rjust(width) for label, width in zip(labels, columns, strict=True))]
     for name, key, form, meaning in rows:
         values = [form.format(final[key]) if key in final else "-" for final in finals]
+        if key == DEAD and "-" in values:
+            meaning += f"; none where over {100 * MOSTLY_CONSTANT:.0f} % are constant"
         line = f"{name:17}" + "".join(value.rjust(width) for value, width in zip(values, columns, strict=True))
         lines.append(f"{line}   {meaning}")
     return lines
@@ -116,7 +129,7 @@ def draw_curve(axes: Axes, runs: list[Run], quantity: str, **style: object) -> N
         if points is not None:
             look = figures.look_of(run.activation) | {"linestyle": "-"} | style
             axes.plot(points["step"], points["value"], **look)
-    length = max(int(run.points[f"{REPRESENTATION}{DEAD}"]["step"][-1]) for run in runs)
+    length = max(int(run.points[f"{REPRESENTATION}{CONSTANT}"]["step"][-1]) for run in runs)
     figures.finish_axes(axes, length, quantity)
 
 
@@ -128,8 +141,11 @@ def draw(runs: list[Run]) -> Figure:
     parts = figure.subfigures(2 if has_maps else 1, 1, squeeze=False, height_ratios=[1.15, 1][: 1 + has_maps])[:, 0]
     if has_maps:
         for i, (axes, z) in enumerate(zip(parts[0].subplots(1, len(runs), squeeze=False)[0], maps, strict=True)):
-            share = finals_of(runs[i])[DEAD]
-            draw_neurons(axes, z, f"{labels[i]}: {share:.0%} of the neurons are dead")
+            finals = finals_of(runs[i])
+            dead = "nearly all neurons are constant"
+            if DEAD in finals:
+                dead = f"{finals[DEAD]:.0%} of the neurons are dead"
+            draw_neurons(axes, z, f"{labels[i]}: {dead}")
             axes.set_ylabel("observations" if i == 0 else "")
         parts[0].suptitle(
             "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."
@@ -152,9 +168,9 @@ def draw(runs: list[Run]) -> Figure:
 def main(args: Args) -> None:
     if not args.folders:
         raise BadInput("name the folders of the runs to compare")
-    runs = [read_run(folder) for folder in args.folders]
+    runs = choose_experiments([read_run(folder) for folder in args.folders], args.exp_name)
     print("\n".join(table(runs)))
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         buffer = BytesIO()
         draw(runs).savefig(buffer, format="png", metadata={"Software": None})
     args.out.parent.mkdir(parents=True, exist_ok=True)

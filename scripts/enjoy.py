@@ -15,6 +15,7 @@ Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Net
 import importlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
+import ale_py
 import numpy as np
 import torch
 import tyro
@@ -66,8 +68,9 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     """
     file = folder / "config.json"
     refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")
-    refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder, e.g. {folder.parent}")
-    inside = sorted(run.parent for run in folder.glob("*/config.json"))
+    example = f", e.g. {folder.parent}" if (folder.parent / "config.json").exists() else ""
+    refuse_unless(folder.is_dir(), f"{folder} is not a folder; name a run's folder{example}")
+    inside = [run.parent for depth in ("*", "*/*") for run in sorted(folder.glob(f"{depth}/config.json"))]
     hint = f"one of those in it, e.g. {inside[0]}" if inside else "another one"
     refuse_unless(os.path.lexists(file), f"{folder} is not a run's folder (no config.json); name {hint}")
     config = read_json(file)
@@ -204,6 +207,40 @@ def measure(network: nn.Module, observations: Tensor, flags: dict[str, Any], see
     checkpoint.replace(out / "activations.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
+OPEN_WINDOW = """
+import ale_py, gymnasium
+gymnasium.register_envs(ale_py)
+gymnasium.make("PongNoFrameskip-v4", render_mode="human").close()
+"""
+WINDOW_SECONDS = 20  # that a display has to answer
+
+
+def check_window() -> None:
+    """Refuse --watch where no window opens.
+
+    Where no display answers, SDL, which draws ale-py's windows, silently falls back to drivers that show nothing. So it
+    is told not to, and opens a window in another process: a display that never answers would block this one for ever.
+
+    Raises:
+        BadInput
+    """
+    instead = "film instead with --video"
+    refuse_unless(ale_py.SDL_SUPPORT, f"--watch needs an ale-py that was built with SDL; {instead}")
+    drivers = os.environ.get("SDL_VIDEODRIVER", "").lower()
+    shows_nothing = {"dummy", "offscreen", "evdev"} & set(drivers.split(","))
+    refuse_unless(not shows_nothing, f"--watch: SDL_VIDEODRIVER={drivers} shows no window; unset it, or {instead}")
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    given = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)) or "DISPLAY is not set"
+    if sys.platform == "linux" and not drivers:
+        os.environ["SDL_VIDEODRIVER"] = "x11,wayland"
+    try:
+        opened = subprocess.run([sys.executable, "-c", OPEN_WINDOW], capture_output=True, timeout=WINDOW_SECONDS)
+        has_window = opened.returncode == 0
+    except subprocess.TimeoutExpired:
+        has_window = False
+    refuse_unless(has_window, f"--watch cannot open a window ({given}); name a display that answers, or {instead}")
+
+
 def check_flags(args: Args) -> None:
     """Refuse what cannot work before anything is read.
 
@@ -213,9 +250,8 @@ def check_flags(args: Args) -> None:
     refuse_unless(args.episodes > 0, f"--episodes is {args.episodes}; it must be positive")
     refuse_unless(args.seed is None or 0 <= args.seed < 2**53, f"--seed is {args.seed}; it must lie in [0, 2**53)")
     refuse_unless(not (args.watch and args.video), "--watch and --video exclude each other: a game is shown or filmed")
-    if args.watch and sys.platform == "linux":
-        has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        refuse_unless(bool(has_display), "--watch needs a display, and there is none here; film instead with --video")
+    if args.watch:
+        check_window()
     if args.video:
         check_ffmpeg("--video")
 

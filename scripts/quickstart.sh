@@ -25,7 +25,10 @@ done
 source "$(dirname "$0")/venv.sh"
 
 agents=(relu tanh-lan)
-words="bash scripts/quickstart.sh${flags[*]:+ $(printf '%q ' "${flags[@]}")}"
+words="bash scripts/quickstart.sh"
+for flag in ${flags[@]+"${flags[@]}"}; do
+    [[ $flag == --overwrite ]] || words+=" $(printf %q "$flag")"
+done
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
@@ -33,14 +36,13 @@ trap 'rm -rf "$logs"' EXIT
 stopped=
 stop() {
     stopped=${stopped:-$1}
-    trap '' INT TERM
-    end_line
-    echo "stopping: both agents save first, which takes a few seconds"
+    trap '' "${signals[@]}"
     for agent in "${agents[@]}"; do kill -TERM "${pids[$agent]}" 2> /dev/null || true; done
+    { end_line && echo "stopping: both agents save first, which takes a few seconds"; } || true # a closed terminal
 }
 declare -A pids
-trap 'stop 130' INT
-trap 'stop 143' TERM
+signals=(HUP INT TERM USR1 USR2 XCPU)
+for name in "${signals[@]}"; do trap "stop $((128 + $(kill -l "$name")))" "$name"; done
 
 for agent in "${agents[@]}"; do
     .venv/bin/python ppo_atari_lan.py --runs-dir "$dir" --env-id BreakoutNoFrameskip-v4 --total-timesteps 25000 \
@@ -79,7 +81,7 @@ while [[ -n $(jobs -rp) ]]; do
         shown=$SECONDS
     fi
 done
-end_line
+end_line || true # a closed terminal
 
 failed=0
 for agent in "${agents[@]}"; do
@@ -88,7 +90,7 @@ for agent in "${agents[@]}"; do
     ((code == 0)) || failed=${stopped:-$code}
 done
 if [[ -n $stopped ]] && ((failed)); then
-    echo "stopped; the same command goes on: $words" >&2
+    echo "stopped; the same command goes on: $words" >&2 || true
     exit "$stopped"
 fi
 if ((failed)); then

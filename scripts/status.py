@@ -3,14 +3,13 @@
   python scripts/status.py jobs.txt            a table
   python scripts/status.py --plan jobs.txt     a line for each run, with tabs:
       line number, state, CPU threads that an unfinished run began with (or -),
-      log file, command
+      log file, command, MB of RAM and of disk that it needs until it has finished
   python scripts/status.py --plan jobs.txt 3   of line 3 only
 
 Everything is read from what the runs leave on the disk, and from squeue where
 there is one. Imports no torch: it answers at once for hundreds of runs.
 """
 
-import dataclasses
 import fcntl
 import functools
 import itertools
@@ -27,18 +26,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lan_utils.study import ROOT, RunName, run_name
+from lan_utils.flags import defaults_of
+from lan_utils.study import ROOT, dqn_disk, dqn_memory, run_name
 
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ")
 EXIT = re.compile(r"=== \S+ exit (\d+)")
-STOPPED = ("130", "143")  # exit codes: stopped by a signal, resumes
+STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes: stopped by a signal, resumes
 LOG_TAIL = 20_000  # bytes
+OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with its eight games
 JSON_LIMIT = 1_000_000  # bytes
-FRESH_SECONDS = 600  # a run on another host, whose lock may not be seen here, is at work if it wrote so lately
+FRESH_SECONDS = (
+    600  # a run whose lock may not be seen here, such as one on another host, is at work if it wrote so lately
+)
 # What comes before a comment: whole words, quoted and escaped as in a shell. A `#` begins one only where a word would.
 WORDS = re.compile(r"""(?:[ \t\r\n]++|(?!\#)(?:[^ \t\r\n'"\\]|\\.|'[^']*+'|"(?:[^"\\]|\\.)*+")++)*+""")
 
@@ -52,6 +56,8 @@ class Job(NamedTuple):
     log: str
     steps: int
     command: str
+    ram: int  # MB, as disk
+    disk: int
 
 
 class Status(NamedTuple):
@@ -94,7 +100,9 @@ def parse_job(number: int, text: str) -> Job | None:
         fail(f"line {number}: there is no {script} in the project's folder")
     if (ROOT / script).parent != ROOT:
         fail(f"line {number}: {script} is not a training script: those lie in the project's folder itself")
-    values = {field.name: field.default for field in dataclasses.fields(RunName)} | {"exp_name": Path(script).stem}
+    values = defaults_of(ROOT / script)
+    if not values:
+        fail(f"line {number}: {script} is not a training script: it has no class Args of flags")
     for word, following in itertools.pairwise([*flags, ""]):
         name, has_value, value = word.partition("=")
         name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
@@ -105,17 +113,24 @@ def parse_job(number: int, text: str) -> Job | None:
             )
         if name in values:
             values[name] = value if has_value else following
-    try:
-        values["seed"], steps = int(values["seed"]), int(values["total_timesteps"])
-    except ValueError:
-        fail(f"line {number}: --seed and --total-timesteps take whole numbers: {text}")
-    args = RunName(**values)
+    replay = {"buffer_size", "batch_size"} & values.keys()
+    for name in ("seed", "total_timesteps", *replay):
+        try:
+            values[name] = int(values[name])
+        except ValueError:
+            fail(f"line {number}: --{name.replace('_', '-')} takes a whole number: {text}")
+    args = SimpleNamespace(**values)
     name = run_name(args)
     if "/" in name or len(os.fsencode(name)) > 251:
         fail(f"line {number}: the run's name must have no slash and at most 251 bytes: {name}")
     runs_dir = args.runs_dir if not args.runs_dir.startswith("-") else f"./{args.runs_dir}"  # no flag of `mkdir`
     log = f"{runs_dir}/.sweep/{name}.log"
-    return Job(number, script, Path(runs_dir, name), log, steps, shlex.join(words))
+    ram, disk = OTHER_RAM, OTHER_DISK
+    if len(replay) == 2:  # DQN, or a copy of it under another name
+        transitions = min(args.buffer_size, args.total_timesteps)
+        ram = dqn_memory(args.env_id, transitions, args.batch_size) // 1_000_000
+        disk = dqn_disk(args.env_id, transitions) // 1_000_000
+    return Job(number, script, Path(runs_dir, name), log, args.total_timesteps, shlex.join(words), ram, disk)
 
 
 def read_jobs(file: str) -> list[Job]:
@@ -186,15 +201,22 @@ def number(value: Any) -> float:
     return value if type(value) in (int, float) and 0 < value < 1e15 else 0
 
 
-def is_locked(folder: Path) -> bool:
-    """Is a process at work in the run folder? Asks without taking the lock, which a starting run may want."""
+def is_locked(folder: Path) -> bool | None:
+    """Is a process at work in the run folder? Asks without taking the lock, which a starting run may want.
+
+    Returns:
+        None where the file system has no locks on this host.
+    """
     descriptor = open_regular(folder / ".lock")
     if descriptor is None:
         return False
     # By hand: Python's fcntl module has no struct flock, and /proc/locks knows neither NFS nor other containers.
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     with open(descriptor, "rb") as file:
-        answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+        try:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+        except OSError:
+            return None
     return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
 
@@ -268,10 +290,11 @@ def read_status(job: Job) -> Status:
     pid, host, slurm_id = START.match(lines[start]).groups() if start >= 0 else ("", "", "")
     ended = [match[1] for line in lines[start + 1 :] if (match := EXIT.match(line))][-1:]
     slurm_state = slurm_states().get(slurm_id, "") if slurm_id else ""
-    elsewhere = state == "running" and status.get("host") != os.uname().nodename
+    locked = is_locked(job.folder)
+    may_be_unseen = state == "running" and (locked is None or status.get("host") != os.uname().nodename)
     if (
-        is_locked(job.folder)
-        or (elsewhere and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
+        locked
+        or (may_be_unseen and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
         or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING"))
     ):
         return Status("running", step, speed)
@@ -356,7 +379,7 @@ def main() -> None:
     for job in jobs:
         if not only or str(job.line) in only:
             status = status_of(job)
-            print(job.line, status.state, status.threads or "-", job.log, job.command, sep="\t")
+            print(job.line, status.state, status.threads or "-", job.log, job.command, job.ram, job.disk, sep="\t")
             if status.state == "unreadable":
                 print(f"error: line {job.line} is left out: {status.note}", file=sys.stderr)
 

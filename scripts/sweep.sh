@@ -13,10 +13,7 @@ set -fuo pipefail # -f: CUDA_VISIBLE_DEVICES is never a file pattern
 
 TRIES=3
 CHECKPOINT_SECONDS=120 # that a stopped run has to write its checkpoint
-# What one run needs, in MB: DQN with the paper's replay memory, 0.8 GB + 1,500 bytes a transition, and its checkpoint.
-RUN_RAM=2500
-RUN_DISK=1500
-RUN_GPU_MEMORY=1500 # an assumption: not measured yet
+RUN_GPU_MEMORY=1500 # MB, an assumption: not measured yet
 
 fail() {
     echo "error: $*" >&2
@@ -43,9 +40,10 @@ run() {
         export OMP_NUM_THREADS=$threads
     fi
     # GNU parallel and Slurm end a job by SIGTERM to the training as well: wait for it, a second one would make it
-    # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only.
+    # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only; what other
+    # systems send may come to the training too, which takes two within a second for one.
     trap 'stopped=1' TERM
-    trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' USR1
+    trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' HUP USR1 USR2 XCPU
     end_line "$log"
     echo "=== $(date -Is) start in process $$ on $HOSTNAME ${slurm}with" \
         "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $command" >> "$log" || return 2
@@ -60,7 +58,7 @@ run() {
     echo "=== $(date -Is) exit $code" >> "$log"
     case $code in
         0) echo "$(date +%T) finished in $((SECONDS - start)) s: $name" ;;
-        130 | 143) echo "$(date +%T) stopped: $name" ;;
+        129 | 130 | 138 | 140 | 143 | 152) echo "$(date +%T) stopped: $name" ;;
         *) echo "$(date +%T) failed with exit code $code: $name" ;;
     esac
     return $code
@@ -112,12 +110,17 @@ if [[ -n $status ]]; then
     exec python scripts/status.py "$jobs_file"
 fi
 
-# Lines of: line number, state, threads, log, command. No here-strings: a full TMPDIR would make them empty.
+# Lines of: line number, state, threads, log, command, MB of RAM, MB of disk.
+# No here-strings: a full TMPDIR would make them empty.
 plan=$(python scripts/status.py --plan "$jobs_file") || exit
 [[ -n $plan ]] || fail "scripts/status.py says nothing about the jobs of $jobs_file; call it with --plan to see why"
 in_state() { printf '%s\n' "$plan" | grep -P "^\d+\t($1)\t"; }
 count() { in_state "$1" | wc -l; }
 TODO='waiting|stopped|failed'
+todo=$(in_state "$TODO")
+# MB that the most demanding run needs.
+read -r RUN_RAM RUN_DISK < <(printf '%s\n' "${todo:-$plan}" |
+    awk -F '\t' '$6 > ram {ram = $6} $7 > disk {disk = $7} END {print ram + 0, disk + 0}')
 first_log=$(printf '%s\n' "$plan" | awk -F '\t' 'NR == 1 {print $4}')
 runs_dir=$(dirname "$(dirname "$first_log")")
 
@@ -131,15 +134,10 @@ else
 fi
 devices=${#gpus[@]}
 ((devices > 0)) || devices=1
-cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+read -r cores ram < <(python -m lan_utils.machine) || fail "cannot tell cores and memory: python -m lan_utils.machine"
 existing=$runs_dir
 while [[ ! -e $existing ]]; do existing=$(dirname "$existing"); done
 disk=$(df --output=avail -BM "$existing" | tail -n 1 | tr -dc 0-9)
-ram=$(awk '/MemAvailable/ {print int($2 / 1000)}' /proc/meminfo)
-if [[ $(cat /sys/fs/cgroup/memory.max 2> /dev/null) =~ ^[0-9]+$ ]]; then # a container's limit
-    limit=$((BASH_REMATCH[0] / 1000000 - $(awk '$1 == "anon" {print int($2 / 1e6)}' /sys/fs/cgroup/memory.stat)))
-    ((limit > ram)) || ram=$limit
-fi
 gb() { printf '%d.%d GB' $(($1 / 1000)) $(($1 % 1000 / 100)); }
 limits=("$((cores / devices)) by $cores CPU cores"
     "$((ram / RUN_RAM / devices)) by $(gb "$ram") of free RAM at $(gb $RUN_RAM) a run"
@@ -194,13 +192,11 @@ stop() {
         echo "stopping: the runs are writing their checkpoints; once more, and they leave without" >&2
         signum=$1 stopped_at=$SECONDS
         kill -INT "$parallel"
-    elif ((SECONDS - stopped_at > 1)); then # `timeout` and others send one signal twice
+    elif (($1 == 2 || $1 == 15)) && ((SECONDS - stopped_at > 1)); then # `timeout` and others send one signal twice
         kill -TERM "$parallel"
     fi
 }
-trap 'stop 1' HUP
-trap 'stop 2' INT
-trap 'stop 15' TERM
+for name in HUP INT TERM USR1 USR2 XCPU; do trap "stop $(kill -l $name)" "$name"; done
 while kill -0 "$parallel" 2> /dev/null; do wait "$parallel" 2> /dev/null; done
 
 # -- what came of it
@@ -215,7 +211,7 @@ if [[ -n $signum ]]; then
     echo "stopped with $failed of $(count '\w+') runs unfinished; the same command resumes them"
     exit $((128 + signum))
 fi
-while IFS=$'\t' read -r _ _ _ log command; do
+while IFS=$'\t' read -r _ _ _ log command _; do
     printf '\nfailed: %s\n%s ends with\n' "$command" "$log"
     tail -n 6 "$log" | sed 's/^/    /'
 done < <(in_state "$TODO")

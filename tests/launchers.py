@@ -72,7 +72,7 @@ def project(tmp_path):
     folder = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "lan_utils").mkdir()
-    for name in ("__init__.py", "study.py"):
+    for name in ("__init__.py", "machine.py", "study.py"):
         shutil.copy(ROOT / "lan_utils" / name, folder / "lan_utils")
     (folder / "standin.py").write_text(STANDIN)
     return folder

@@ -33,9 +33,12 @@ def event_file(folder):
     return file
 
 
-def read_study(runs_dir: Path, tmp_path: Path, allow_unfinished: bool = False) -> results.Results:
+def read_study(
+    runs_dir: Path, tmp_path: Path, allow_unfinished: bool = False, exp_names: tuple[str, ...] = ()
+) -> results.Results:
     """What the figures are drawn from, without drawing them."""
     runs, _ = results.find_runs(runs_dir, tmp_path)
+    runs = results.choose_experiments(runs, exp_names)
     for run in runs:
         run.points, run.agent_steps, run.problems = events.read_run(run.folder, tmp_path / "cache")
     lengths = results.select_runs(runs, allow_unfinished)

@@ -123,6 +123,7 @@ def make_run(
     stop: float = 1.0,
     exp_name: str = "",
     histograms: bool = False,
+    constant: bool = False,
     **flags: object,
 ) -> Path:
     """Write one run's folder.
@@ -132,6 +133,7 @@ def make_run(
         measurements: of the representation, likewise.
         noise: standard deviation of a game's score, as a share of the human's range.
         stop: share of the training after which nothing was logged any more.
+        constant: all neurons, from the start; the scaled count is logged nevertheless, as runs of before did.
         flags: of the run, beside the ones named here.
 
     Returns:
@@ -159,6 +161,8 @@ def make_run(
     measured = np.linspace(agent_steps / measurements, agent_steps, measurements).round().astype(int)
     for name in names:
         values = true_measurement(name, activation, seed, measured / agent_steps)
+        if constant and name == "std_dead_neurons":
+            values = np.ones(len(measured))
         points += [(f"representation/{name}", int(step), float(v)) for step, v in zip(measured, values, strict=True)]
     points = sorted((point for point in points if point[1] <= stop * agent_steps), key=lambda point: point[1])
     write_events(

@@ -1,10 +1,12 @@
 """checks.py: what is refused before anything is written."""
 
 import importlib
+import subprocess
 import sys
 import types
 from typing import get_args, get_type_hints
 
+import gymnasium as gym
 import pytest
 from annotated_types import Ge, Gt, Interval
 from conftest import ROOT, SCRIPTS, launch_in_process
@@ -13,6 +15,10 @@ import dqn_atari_lan as dqn
 import ppo_atari_lan as ppo
 from lan_utils import checks
 from lan_utils.cli import BadInput
+from lan_utils.study import transition_bytes
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from status import parse_job
 
 BAD_INPUT = {
     "unknown game": (
@@ -144,12 +150,18 @@ def test_a_number_out_of_its_range_is_one_line_and_exit_code_2(monkeypatch, caps
 
 
 class FakeWandb(types.ModuleType):
-    """Weights & Biases with and without a login."""
+    """Weights & Biases with and without a login; names are refused as by its release 0.31."""
 
     def __init__(self, logged_in=None, error=None):
         super().__init__("wandb")
         self.__spec__ = types.SimpleNamespace(name="wandb")  # what importlib.util.find_spec asks for
         self.logged_in, self.error, self.logins = logged_in, error, []
+
+    def Settings(self, run_id, project, entity):
+        if set(run_id) & set(":;,#?/'"):
+            raise RuntimeError("Run ID cannot contain the characters: :;,#?/'")
+        if set(project) & set("/\\#?%:"):
+            raise RuntimeError(f"Invalid project name {project!r}: cannot contain characters")
 
     def login(self, prompt=True):
         self.logins.append(prompt)
@@ -178,18 +190,71 @@ def test_tracking_with_a_login_or_offline_is_not_refused(monkeypatch):
     fake = FakeWandb(logged_in=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    checks.check_wandb()
+    checks.check_wandb("a run", "a project", None)
     monkeypatch.setenv("WANDB_MODE", "offline")
     fake.logged_in = False
-    checks.check_wandb()
+    checks.check_wandb("a run", "a project", None)
     assert fake.logins == [False]
 
 
-def test_films_without_ffmpeg_are_refused(monkeypatch):
-    """Would catch: a run that trains for a week and cannot film."""
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
-    with pytest.raises(BadInput, match=r"^--capture-video needs a working ffmpeg, /nonexistent/ffmpeg"):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--exp-name", "lr:1e-4"), "Weights & Biases says: Run ID cannot contain the characters: :;,#?/'"),
+        (("--wandb-project-name", "a/b"), "Weights & Biases says: Invalid project name 'a/b': cannot contain"),
+        (("--exp-name", "x" * 200), "is too long a name for Weights & Biases (227 bytes); shorten --exp-name"),
+    ],
+)
+def test_names_that_weights_and_biases_refuses(monkeypatch, capsys, tmp_path, flags, message):
+    """Would catch: its traceback in a folder that was begun; a name that no folder of its own can have."""
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=True))
+    arguments = ["--track", "--runs-dir", tmp_path / "runs", *flags]
+    code, stderr = launch_in_process(monkeypatch, capsys, SCRIPTS[0], arguments)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: --track: ")
+    assert message in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+BROKEN_FFMPEGS = {
+    "exits with 127": "exit 127",
+    "has a version only": "echo ffmpeg version 7.0; exit 1",
+    "writes nothing": "cat > /dev/null",
+    "has encoders that do not encode": """case "$*" in *film.mp4) cat > /dev/null; exit 0; esac; exec "$REAL" "$@" """,
+    "leaves an empty film": 'cat > /dev/null; for film; do :; done; case "$film" in *.mp4) : > "$film"; esac',
+}
+
+
+@pytest.mark.parametrize("content", [None, *BROKEN_FFMPEGS.values()], ids=["is missing", *BROKEN_FFMPEGS])
+def test_an_ffmpeg_that_cannot_film_is_refused(monkeypatch, tmp_path, content):
+    """Would catch: a run that trains for a week and cannot film, or a traceback instead of one line."""
+    program = tmp_path / "ffmpeg"
+    if content:
+        program.write_text(f"#!/bin/sh\n{content}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("REAL", checks.imageio_ffmpeg.get_ffmpeg_exe())
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(
+        BadInput, match=r"^--capture-video needs a working ffmpeg, and this one cannot encode a film: "
+    ) as error:
         checks.check_ffmpeg("--capture-video")
+    assert str(program) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_working_ffmpeg_is_not_refused(tmp_path, monkeypatch):
+    """Would catch: a check that no ffmpeg passes, or one that leaves its film behind."""
+    monkeypatch.setattr(checks.tempfile, "tempdir", str(tmp_path))
+    checks.check_ffmpeg("--capture-video")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_address_space_is_a_limit_of_memory_too():
+    """As `ulimit -v` or a batch system sets it. Would catch: a run that is let begin and runs out of it."""
+    program = "from lan_utils import checks; print(checks.free_memory())"
+    limited = f"ulimit -v 12000000; exec {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 12_000_000 * 1024
 
 
 def test_memory_that_is_asked_for_counts_the_batch():
@@ -199,8 +264,28 @@ def test_memory_that_is_asked_for_counts_the_batch():
     assert 0.8e9 < dqn.memory_needed(small) < 0.9e9
     assert 2.3e9 < dqn.memory_needed(large) < 3e9
     assert 2.2e9 < dqn.memory_needed(dqn.Args()) < 2.5e9  # the paper's replay memory
+    assert dqn.memory_needed(dqn.Args(env_id="UpNDownNoFrameskip-v4")) > 0.8e9 + 1.2 * 2157e6
     rollout = ppo.Args(num_envs=8, num_steps=750, num_minibatches=1)
     assert ppo.memory_needed(rollout) - ppo.memory_needed(ppo.Args(num_envs=8, num_steps=750)) > 1.3e9
+
+
+def test_every_game_is_granted_a_fifth_more_than_random_play_took():
+    """Would catch: a game that needs more memory than is announced; one that is new and was not measured."""
+    rows = (ROOT / "results" / "replay_benchmark_every.txt").read_text().splitlines()[2:]
+    measured = {row.split()[0]: max(map(int, row.split()[1:])) for row in rows}
+    assert measured.keys() == {name[:-14] for name in gym.registry if name.endswith("NoFrameskip-v4")}
+    for game, largest in measured.items():
+        assert transition_bytes(f"{game}NoFrameskip-v4") >= int(1.2 * largest), game
+        assert (largest > 1250) == (transition_bytes(f"{game}NoFrameskip-v4") > 1500), game
+
+
+def test_a_sweep_counts_on_what_the_run_announces():
+    """Would catch: defaults of the script and of the sweep that drift apart."""
+    for flags in ({}, {"env_id": "UpNDownNoFrameskip-v4"}, {"buffer_size": 5000, "batch_size": 320}):
+        words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+        job = parse_job(1, f"python dqn_atari_lan.py {words}")
+        assert job.ram == dqn.memory_needed(dqn.Args(**flags)) // 1_000_000
+    assert parse_job(1, "python ppo_atari_lan.py").ram >= ppo.memory_needed(ppo.Args()) // 1_000_000
 
 
 def test_memory_beyond_what_is_free_is_refused(monkeypatch):

@@ -82,6 +82,14 @@ def raising(error):
             "error: cannot use runs/a/model.pt: Permission denied. What was saved is whole: "
             "fix this, then run this again: python x.py --seed 3\n",
         ),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, f"{cli.TOO_MANY}\n"),  # of a fork
+        (RuntimeError("can't start new thread"), 1, f"{cli.TOO_MANY}\n"),
+        (
+            OSError("[Errno 32] Broken pipe\n\nFFMPEG COMMAND:\nffmpeg"),
+            1,
+            "error: cannot use the run folder: [Errno 32] Broken pipe. The last checkpoint, if there was one, is "
+            "whole: mend that, then resume with python x.py --seed 3\n",
+        ),
         (
             torch.OutOfMemoryError("tried to allocate 2 GiB\nand more"),
             1,

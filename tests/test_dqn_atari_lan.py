@@ -133,11 +133,11 @@ def test_the_network_divides_by_255_and_its_convolutions_keep_relu():
 def test_what_is_measured_is_z_and_the_factors_whose_product_it_is():
     network = dqn.QNetwork(4, "tanh-2xlan")
     observations = torch.randint(0, 256, (300, 4, 84, 84), dtype=torch.uint8)  # more than one chunk
-    sample = run.record_representation(network, observations)
+    sample = run.measure_network(network, observations)[0]
     assert list(sample) == ["z", "z_enc", "z_star", "z_star2"]
     torch.testing.assert_close(sample["z"], sample["z_enc"] * sample["z_star"] * sample["z_star2"])
     torch.testing.assert_close(network.q(sample["z"]), network(observations), atol=1e-5, rtol=1e-4)
-    assert list(run.record_representation(dqn.QNetwork(4, "relu"), observations[:2])) == ["z"]
+    assert list(run.measure_network(dqn.QNetwork(4, "relu"), observations[:2])[0]) == ["z"]
 
 
 # ------------------------------------------------------------------------------------------ mathematics

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,18 +236,91 @@ def test_executable_content_is_not_run(ppo_run, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_flags_are_refused_by_the_name_that_was_typed(tmp_path, monkeypatch):
-    """Would catch: a window without a display that ends in a traceback; a film of no game."""
+@pytest.fixture
+def without_display(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "")  # what enjoy.py sets is taken back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DISPLAY", ""),
+        ("DISPLAY", "localhost:10.0"),  # a forwarded one whose ssh has gone
+        ("DISPLAY", "nonsense"),
+        ("WAYLAND_DISPLAY", "wayland-none"),
+        ("SDL_VIDEODRIVER", "dummy"),
+        ("SDL_VIDEODRIVER", "Offscreen"),
+        ("SDL_VIDEODRIVER", "nonsense"),
+    ],
+)
+def test_watching_without_a_window_is_refused_before_anything_plays(ppo_run, monkeypatch, without_display, name, value):
+    """Would catch: games played to their end where nobody sees them, exit code 0."""
+    monkeypatch.setenv(name, value)
+    before = contents(ppo_run)
+    done = run_script("scripts/enjoy.py", ppo_run, "--watch", "--measure")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: --watch")
+    assert f"{name}={value.lower()}" in done.stderr or (value == "" and "DISPLAY is not set" in done.stderr)
+    assert "--video" in done.stderr
+    assert contents(ppo_run) == before
+
+
+def test_a_display_that_never_answers_is_refused_too(monkeypatch, without_display):
+    """Would catch: waiting for ever, deaf to Ctrl-C."""
+    monkeypatch.setattr(enjoy, "WINDOW_SECONDS", 8)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        display = silent.getsockname()[1] - 6000
+        monkeypatch.setenv("DISPLAY", f"127.0.0.1:{display}")
+        with pytest.raises(BadInput, match=rf"^--watch cannot open a window \(DISPLAY=127\.0\.0\.1:{display}\)"):
+            enjoy.check_window()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("Xvfb"), reason="needs Xvfb, a display in memory (apt install xvfb)")
+def test_the_games_are_shown_where_a_display_answers(ppo_run, tmp_path, monkeypatch, without_display):
+    """Would catch: a window refused on a real display, or one that shows nothing."""
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-screen", "0", "640x480x24", "-fbdir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        monkeypatch.setenv("DISPLAY", f":{server.stdout.readline().strip()}")
+        screen = tmp_path / "Xvfb_screen0"
+        blank = screen.read_bytes()
+        command = [sys.executable, ROOT / "scripts" / "enjoy.py", ppo_run, "--watch"]
+        watching = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        watching.stdout.readline()  # the trial's window has closed
+        deadline = time.monotonic() + 60
+        while screen.read_bytes() == blank:
+            assert time.monotonic() < deadline
+            assert watching.poll() is None, watching.stderr.read()
+            time.sleep(0.1)
+        watching.send_signal(signal.SIGINT)
+        watching.communicate(timeout=60)
+        assert watching.returncode == 130
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_flags_are_refused_by_the_name_that_was_typed(tmp_path):
+    """Would catch: a film of no game."""
     for flags, message in (
-        ({"watch": True}, "--watch needs a display"),
         ({"watch": True, "video": True}, "--watch and --video"),
         ({"episodes": 0}, "--episodes is 0"),
         ({"seed": -1}, "--seed is -1"),
     ):
         with pytest.raises(BadInput, match=f"^{message}"):
             play(tmp_path, **flags)
+    (tmp_path / "machine" / "deeper_run").mkdir(parents=True)
+    (tmp_path / "machine" / "deeper_run" / "config.json").touch()
+    with pytest.raises(BadInput, match=f"one of those in it, e.g. {tmp_path}/machine/deeper_run"):
+        play(tmp_path)
     (tmp_path / "a_run").mkdir()
     (tmp_path / "a_run" / "config.json").touch()
     with pytest.raises(BadInput, match=f"one of those in it, e.g. {tmp_path}/a_run"):

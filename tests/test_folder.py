@@ -1,11 +1,14 @@
 """folder.py: whose a run's folder is, what may be in it, what it says of the run."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -61,12 +64,12 @@ UNREADABLE = "config.json is unreadable: restore it, or start this run anew with
     ("name", "content", "message"),
     [
         ("model.pt", "", "model.pt is not a whole file: move it away"),
-        ("config.json", '{"args": []}', "config.json is not what a run writes: restore it, or move it away"),
-        ("config.json", "[1, 2]", "config.json is not what a run writes: restore it, or move it away"),
+        ("config.json", '{"args": []}', "config.json is not what a run writes: restore it, or move its folder away"),
+        ("config.json", "[1, 2]", "config.json is not what a run writes: restore it, or move its folder away"),
         (
             "config.json",
             '{"args": {}, "algorithm": "dqn", "device": "cpu", "parameters": 1, "versions": {}}',
-            "config.json is another run's: restore this one's, or move it away",
+            "config.json is another run's: restore this one's, or move its folder away",
         ),
         (
             "config.json",
@@ -155,7 +158,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, config, through_a_li
         (real / "config.json").write_text(config)
     before = contents(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match="move it away") as error:
+        with pytest.raises(BadInput, match=r"move (it|its folder) away") as error:
             begin(tmp_path / "runs", overwrite=overwrite)
         assert "--overwrite" not in str(error.value)
         assert contents(tmp_path) == before
@@ -212,6 +215,80 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, theirs, message):
     (ours / "checkpoints/0000000005.ckpt").rename(ours / "checkpoints/0000000003.ckpt")
     with pytest.raises(BadInput, match="is a checkpoint of other flags"):
         begin(tmp_path / "ours")
+
+
+def lose_config(path):
+    (path / ".lock").unlink()
+    (path / "config.json").unlink()
+
+
+def test_a_deleted_config_is_written_again_from_the_checkpoints(tmp_path, capsys):
+    """As a cleaner of old files does it to a long run. Would catch: days of training that nothing resumes any more,
+    although the error told to start the run again; a config.json of other flags."""
+    run = begin(tmp_path, gamma=0.5)
+    path = with_points(run, checkpoints=(4, 5))
+    written = json.loads((path / "config.json").read_text())
+    lose_config(path)
+    with pytest.raises(RunFailed, match=r"nothing more is written; start the run again$"):
+        run._save(6)
+    before = contents(path)
+    with pytest.raises(BadInput, match=r"was started with other flags: --gamma 0.99 \(was 0.5\);"):
+        begin(tmp_path)
+    assert contents(path) == before
+    resumed = begin(tmp_path, gamma=0.5)
+    assert resumed.step == 5
+    assert json.loads((path / "config.json").read_text()) == written
+    assert capsys.readouterr().err == (
+        f"warning: {path}/config.json was gone: the checkpoints tell the flags; with what else the run began is not "
+        "known\n"
+    )
+    assert begin(tmp_path, gamma=0.5).step == 5
+    lose_config(path)
+    assert begin(tmp_path, overwrite=True).step == 0  # with other flags
+    assert not (path / "checkpoints").exists()
+
+
+def test_checkpoints_that_do_not_make_a_folder_a_runs(tmp_path):
+    """Would catch: another run's checkpoints, or a damaged one, for which a stranger's files would be overwritten."""
+    other = with_points(begin(tmp_path / "other", seed=2), checkpoints=(4,))
+    path = tmp_path / "runs" / NAME
+    path.mkdir(parents=True)
+    shutil.copytree(other / "checkpoints", path / "checkpoints")
+    (path / "checkpoints" / "0000000005.ckpt").write_text("damaged")
+    before = contents(path)
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match=r"is not a run's folder \(no config.json\): move it away"):
+            begin(tmp_path / "runs", overwrite=overwrite)
+        assert contents(path) == before
+
+
+def test_what_a_run_says_that_lost_its_folder_can_be_done(tmp_path):
+    """Would catch: "start the run again" before the first checkpoint, where the next command refuses the folder."""
+    run = begin(tmp_path)
+    path = with_points(run)
+    lose_config(path)
+    with pytest.raises(RunFailed, match=r"move what is left of it away and start the run again$"):
+        run._save(6)
+    shutil.move(path, tmp_path / "away")
+    assert begin(tmp_path).step == 0
+
+
+@pytest.mark.parametrize("checkpoints", [(), (4,)])
+def test_an_empty_model_can_be_moved_away_only_where_something_is_left(tmp_path, checkpoints):
+    """Would catch: "move it away" of a finished run, whose folder the next command refuses."""
+    run = begin(tmp_path)
+    path = with_points(run, checkpoints)
+    if not checkpoints:
+        run._write_status("finished")
+    (path / "model.pt").touch()
+    remedy = "move it away" if checkpoints else "restore it from a backup"
+    with pytest.raises(BadInput, match=f"model.pt is not a whole file: {remedy}, or start anew with --overwrite$"):
+        begin(tmp_path)
+    if checkpoints:
+        (path / "model.pt").unlink()
+        assert begin(tmp_path).step == 4
+    else:
+        assert begin(tmp_path, overwrite=True).step == 0
 
 
 def test_edited_flags_in_config_are_refused(tmp_path):
@@ -357,6 +434,56 @@ def test_a_locked_folder_names_its_process(tmp_path):
     process.join()
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])  # 524: ENOTSUPP, as NFS says
+def test_a_file_system_without_locks_is_named_and_left_as_it_was(monkeypatch, tmp_path, number):
+    """Would catch: "is being trained by another process" for ever; a folder that the next file system need not have."""
+    finished = begin(tmp_path / "finished")
+    (finished.folder.path / "model.pt").write_text("weights")
+    with_points(begin(tmp_path / "begun"), checkpoints=(4,))
+
+    def lockf(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder.fcntl, "lockf", lockf)
+    before = contents(tmp_path)
+    for runs_dir in ("new", "begun", "finished"):
+        with pytest.raises(
+            BadInput, match=r"its file system has no file locks.*; name a --runs-dir on another"
+        ) as error:
+            begin(tmp_path / runs_dir)
+        assert os.strerror(number) in str(error.value)
+    assert contents(tmp_path) == before
+    assert not list((tmp_path / "new").iterdir())
+    monkeypatch.undo()
+    assert begin(tmp_path / "begun").step == 4
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_a_lock_that_is_held_says_so_by_either_error(monkeypatch, tmp_path, number):
+    """POSIX allows both. Would catch: a held lock that is called a missing one."""
+
+    def lockf(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder.fcntl, "lockf", lockf)
+    with pytest.raises(BadInput, match="is being trained by another process; wait for it or stop it"):
+        begin(tmp_path)
+
+
+def test_what_weights_and_biases_refuses_only_then_is_one_line_and_the_run_begins_without_it(monkeypatch, tmp_path):
+    """An entity that its server does not know. Would catch: a traceback, or a folder that no command accepts."""
+
+    def init(**kwargs):
+        raise ValueError("entity nobody not found\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(
+        RunFailed, match=r"^--track: Weights & Biases says: entity nobody not found; mend that, or start"
+    ):
+        begin(tmp_path, track=True, wandb_entity="nobody")
+    assert begin(tmp_path).step == 0
+
+
 def test_status_is_replaced_atomically(tmp_path, monkeypatch):
     """Would catch: a reader that finds half a status; a status that says less than SPEC.md promises."""
     run = begin(tmp_path)
@@ -398,6 +525,18 @@ def test_the_commit_is_that_of_this_code_wherever_it_is_called(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     assert folder._commit() in (head, f"{head}-dirty") or not head
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert folder._commit() is None
+
+
+def test_the_commit_is_none_inside_somebody_elses_repository(monkeypatch, tmp_path):
+    """A copy without .git. Would catch: that repository's commit in config.json, as if it were this project's."""
+    (tmp_path / "copy").mkdir()
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    assert len(folder._commit()) == 40
+    monkeypatch.setattr(folder, "ROOT", tmp_path / "copy")
     assert folder._commit() is None
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.figure import Figure
 from plots_common import STEPS, draw, make_small_study, read_study  # noqa: F401 (a fixture)
-from synthetic_study import make_run, true_measurement
+from synthetic_study import make_run, true_measurement, write_events
 
 import metrics
 from lan_utils import study as facts
@@ -148,7 +149,7 @@ def test_a_dollar_sign_begins_no_formula(tmp_path, runs_dir):
     for game in ("$\\frac{$", "Pong"):
         make_run(runs_dir, "dqn", game, "relu", 1, exp_name="x")
     read = read_study(runs_dir, tmp_path)
-    png, _ = figures.draw(read, "fig16_dqn_games", figures.FIGURES["fig16_dqn_games"], tmp_path)
+    png, _, _ = figures.draw(read, "fig16_dqn_games", figures.FIGURES["fig16_dqn_games"], tmp_path)
     assert png[:4] == b"\x89PNG"
     assert figures.plain("a$b") == r"a\$b"
 
@@ -168,9 +169,9 @@ def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
 
 
 FEW_AND_MANY = {
-    "one": ({"Pong": 1}, ["return in Pong"]),
-    "two, of which one has more seeds": ({"Pong": 1, "Qbert": 3}, ["return in Pong", "return in Qbert"]),
-    "four": (dict.fromkeys(("Boxing", "Pong", "Qbert", "Tennis"), 1), ["normalised score"]),
+    "one": ({"Pong": 1}, ["Pong"]),
+    "two, of which one has more seeds": ({"Pong": 1, "Qbert": 3}, ["Pong", "Qbert"]),
+    "four": (dict.fromkeys(("Boxing", "Pong", "Qbert", "Tennis"), 1), [""]),
 }
 
 
@@ -178,25 +179,28 @@ FEW_AND_MANY = {
 def test_the_studys_picture_shows_return_dead_neurons_and_rank(tmp_path, runs_dir, case):
     """Would catch: a panel lost, another game's runs in a row, a few games' returns normalised where they could be read
     as they are, a legend that tells of one game's runs only."""
-    games, first_labels = FEW_AND_MANY[case]
+    games, titles = FEW_AND_MANY[case]
     for game, seeds in games.items():
         for activation in ("relu", "tanh"):
             for seed in range(1, seeds + 1):
                 make_run(runs_dir, "ppo", game, activation, seed)
     figure, missing = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
-    expected = [label for first in first_labels for label in (first, "dead neurons (KDE)", "effective rank")]
-    assert [axes.get_ylabel() for axes in figure.axes] == expected
-    for axes, seeds in zip(figure.axes[1::3], games.values(), strict=False):
-        black = [line for line in axes.get_lines() if line.get_color() == "#000000" and line.get_linewidth() >= 1]
-        true = [
-            np.mean([true_measurement(name, "relu", seed, 1.0) for seed in range(1, seeds + 1)])
-            for name in ("dead_neurons", "std_dead_neurons")
-        ]
-        assert [line.get_ydata()[-1] for line in black] == pytest.approx(true, abs=1e-6)
+    first = "normalised score" if titles == [""] else "return (last 100 games)"
+    row = [first, "dead neurons (KDE)", "dead neurons (std < 0.001)", "effective rank, centred"]
+    assert [axes.get_ylabel() for axes in figure.axes] == row * len(titles)
+    assert [axes.get_title() for axes in figure.axes] == [title for title in titles for _ in row]
+    names = ("dead_neurons", "std_dead_neurons", "effective_rank_centred")
+    for i, seeds in enumerate(games.values() if titles != [""] else [1]):
+        for axes, name in zip(figure.axes[4 * i + 1 :], names, strict=False):
+            (black,) = [
+                line for line in axes.get_lines() if line.get_color() == "#000000" and line.get_linewidth() >= 1
+            ]
+            true = np.mean([true_measurement(name, "relu", seed, 1.0) for seed in range(1, seeds + 1)])
+            assert black.get_ydata()[-1] == pytest.approx(true, abs=1e-4)
     fewest, most = min(games.values()), max(games.values())
     runs = "1 to 3 runs a game" if most > fewest else f"{len(games)} runs" if len(games) > 1 else "1 run"
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [f"ReLU, {runs}", f"Tanh, {runs}", "dead by std < 0.001"]
+    assert legend == [f"ReLU, {runs}", f"Tanh, {runs}"]
     several = " in Pong" if case.startswith("two") else ""
     assert f"no Sigmoid{several}" in missing
 
@@ -207,13 +211,13 @@ def test_the_studys_picture_shows_each_of_a_few_seeds(tmp_path, runs_dir, seeds)
     for seed in range(1, seeds + 1):
         make_run(runs_dir, "ppo", "Pong", "tanh", seed)
     figure, _ = figures.draw_study(read_study(runs_dir, tmp_path), figures.FIGURES["study_ppo"])
-    mean, *thin = figure.axes[2].get_lines()
-    true = [true_measurement("effective_rank", "tanh", seed, 1.0) for seed in range(1, seeds + 1)]
+    mean, *thin = figure.axes[3].get_lines()
+    true = [true_measurement("effective_rank_centred", "tanh", seed, 1.0) for seed in range(1, seeds + 1)]
     assert mean.get_ydata()[-1] == pytest.approx(np.mean(true))
     assert [line.get_ydata()[-1] for line in thin] == pytest.approx(true if seeds == 3 else [])
-    assert len(figure.axes[2].collections) == (0 if seeds == 3 else 1)
+    assert len(figure.axes[3].collections) == (0 if seeds == 3 else 1)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [f"Tanh, {seeds} runs", "dead by std < 0.001"]
+    assert legend == [f"Tanh, {seeds} runs"]
 
 
 @pytest.mark.parametrize("width", [3.4, 7.8])
@@ -221,7 +225,7 @@ def test_a_legend_stays_within_its_figure(width):
     """Would catch: a row of five entries whose ends are cut off; or a column where a row would do."""
     labels = ["ReLU, 3 runs a game", "Tanh, 3 runs a game", "Sigmoid, 2 to 3 runs a game", "Tanh (LaN), 3 runs a game"]
     lines = [figures.Line2D([], [], label=label) for label in (*labels, figures.STD_DEAD_LABEL)]
-    with matplotlib.rc_context(figures.LOOK):
+    with matplotlib.style.context(figures.LOOK):
         figure = figures.Figure((width, 2.6), layout="constrained")
         figures.add_legend(figure, lines)
         (legend,) = figure.legends
@@ -249,3 +253,76 @@ def test_looks_are_set_only_while_something_is_drawn(tmp_path, runs_dir):
     code += "print(before == dict(matplotlib.rcParams))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n"
+
+
+def test_a_band_ends_where_its_quantity_does(tmp_path, runs_dir):
+    """Would catch: one run of two that died drawn as up to 121 % of dead neurons, or down to -21 %; a rank below 0."""
+    axes = Figure().subplots()
+    grid = np.array([0.0, 1.0])
+    for quantity, values, (low, high) in (
+        ("std_dead_neurons", (0.0, 1.0), (0.0, 1.0)),  # 0.5 +- 0.71
+        ("effective_rank_centred", (0.0, 400.0), (0.0, 482.84)),  # 200 +- 282.84
+        ("normalized_score", (0.0, 1.0), (-0.2071, 1.2071)),
+    ):
+        curves = {"Pong": {seed: np.full(2, value) for seed, value in enumerate(values)}}
+        figures.draw_group(axes, grid, curves, quantity, color="black")
+        edges = axes.collections[-1].get_paths()[0].vertices[:, 1]
+        assert (edges.min(), edges.max()) == pytest.approx((low, high), abs=0.01), quantity
+
+
+def test_a_line_that_has_no_value_is_missing_not_forgotten(tmp_path, runs_dir):
+    """Tanh's seed 2 is constant from the start. Would catch: the mean of the seeds that live, or an empty panel without
+    a word in the caption."""
+    for seed in (1, 2):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed)
+        make_run(runs_dir, "dqn", "Pong", "tanh", seed, constant=seed == 2)
+    read = read_study(runs_dir, tmp_path)
+    name = "fig06a_dqn_dead_neurons"
+    figure, missing = figures.draw_panels(read, figures.FIGURES[name])
+    assert [len(axes.get_lines()) for axes in figure.axes] == [2, 2, 1]
+    assert missing == ["no line of Tanh for dead neurons (KDE, scaled)", "no Sigmoid", "no Tanh (LaN)"]
+    caption = figures.draw(read, name, figures.FIGURES[name], tmp_path).caption
+    assert caption.endswith("Missing here: line of Tanh for dead neurons (KDE, scaled); Sigmoid; Tanh (LaN).")
+
+
+@pytest.mark.parametrize(("games", "early"), [(300, False), (60, True)])
+def test_a_normalised_figure_says_where_its_zero_is(tmp_path, runs_dir, games, early):
+    """Pong, random -20.7: ReLU's curve of the last 100 games, by hand below.
+
+    Would catch: a random player's score by the human normalisation (0); a scale of a few games that nobody is told of.
+    """
+    make_run(runs_dir, "dqn", "Pong", "relu", 1, games=games)
+    read = read_study(runs_dir, tmp_path)
+    scale = read.scales["dqn", "Pong"]
+    assert scale.since == (None if early else 33_333)
+    caption = figures.draw(read, "fig01_dqn_relu_tanh", figures.FIGURES["fig01_dqn_relu_tanh"], tmp_path).caption
+    expected = (-20.7 - scale.low) / (scale.high - scale.low)
+    assert f"A random player would score {expected:.2f} in Pong." in caption
+    assert ("In Pong no such agent step was reached" in caption) == early
+    shown = figures.draw(read, "study_dqn", figures.FIGURES["study_dqn"], tmp_path).caption
+    assert "random player" not in shown  # whose returns are not normalised
+    assert figures.EXTREMES not in shown
+
+
+def test_every_game_has_more_than_two_ticks_of_agent_steps(tmp_path, runs_dir):
+    """Would catch: panels side by side with nothing but 0 and 100 k below them."""
+    for game in ("Breakout", "Pong"):
+        make_run(runs_dir, "ppo", game, "relu", 1, agent_steps=199_680)
+    with matplotlib.style.context(figures.LOOK):
+        figure, _ = figures.draw_games(read_study(runs_dir, tmp_path), figures.FIGURES["fig17_ppo_games"])
+        for axes in figure.axes:
+            assert sum(0 <= tick <= 199_680 for tick in axes.get_xticks()) > 2
+
+
+def test_runs_are_compared_where_one_has_no_scaled_count(tmp_path, runs_dir):
+    """Would catch: scripts/compare.py, and the quickstart with it, ended by a run that never logged that count."""
+    alive, constant = (make_run(runs_dir, "ppo", "Breakout", name, 1) for name in ("relu", "tanh"))
+    (file,) = constant.glob("events*")
+    write_events(file, [(f"representation/{name}", 100_000, 1.0) for name in ("std_dead_neurons", "effective_rank")])
+    command = [sys.executable, ROOT / "scripts" / "compare.py", alive, constant, "--out", tmp_path / "two.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    row = done.stdout.splitlines()[1]
+    assert row.split()[:4] == ["neurons", "dead", "41.3%", "-"]
+    assert row.endswith("; none where over 99 % are constant")
+    assert (tmp_path / "two.png").stat().st_size > 50_000

@@ -154,10 +154,41 @@ def test_claims_and_both_ways_of_counting_stand_in_the_files(tmp_path, runs_dir)
             make_run(runs_dir, "dqn", "Pong", activation, seed)
     draw(runs_dir, tmp_path / "out")
     with open(tmp_path / "out" / "claims.csv") as file:
-        assert file.readline() == "algorithm,claim,quantity,when,games,difference,low,high,pairs,verdict\n"
+        assert (
+            file.readline() == "algorithm,claim,quantity,when,games,difference,low,high,pairs,without_value,verdict\n"
+        )
     markdown, page = ((tmp_path / "out" / name).read_text() for name in ("results.md", "index.html"))
     assert "## The paper's claims" in markdown
-    assert "| DQN | relu > tanh | dead_neurons | end | Pong | +0.200 [+0.200, +0.200] | 2 | confirmed |" in markdown
+    assert "| DQN | relu > tanh | dead_neurons | end | Pong | +0.200 [+0.200, +0.200] | 2 | 0 | confirmed |" in markdown
     assert '<table id="claims">' in page
     assert "<td>relu &gt; tanh</td>" in page
     assert "| dead (scaled) | effective rank | centred |" in markdown
+    for text in (markdown, page):  # would catch: a caption that promises what is not drawn
+        assert "product of three (2×LaN)" in text  # noqa: RUF001
+        assert "Missing here: SELU; Tanh (+LaN); Tanh (2×LaN)." in text  # noqa: RUF001
+        assert "Missing here: ReLU (LaN); Sigmoid; Sigmoid (LaN)." in text
+
+
+def test_a_claim_says_which_pairs_have_no_value():
+    """Tanh's seeds 1 and 2 in Pong are constant: seed 3 alone is no interval. In Qbert nothing is compared.
+
+    Would catch: a verdict of the one run that lives, with nothing said of the two that died; a game without any value
+    left out in silence.
+    """
+    runs = []
+    for game, seed in (("Pong", 1), ("Pong", 2), ("Pong", 3), ("Qbert", 1)):
+        lives = {"dead_neurons_scaled": 0.0} if (game, seed) == ("Pong", 3) else {}
+        runs.append(("dqn", game, "tanh", seed, lives, {}))
+        runs.append(("dqn", game, "relu", seed, {"dead_neurons_scaled": 0.5}, {}))
+    claims = report.make_claims(make_results(runs))
+    rows = claims[(claims["claim"] == "relu > tanh") & (claims["quantity"] == "dead_neurons_scaled")]
+    assert rows[["games", "pairs", "without_value", "verdict"]].values.tolist() == [
+        ["Pong", 1, 3, "open"],
+        ["Pong", 1, 2, "open"],
+        ["Qbert", 0, 1, "open"],
+    ]
+    shown = report.claims_table(claims).cells
+    assert "3" in set(shown["without a value"])
+    values = {"Pong": {3: 0.0}}
+    assert report.mean_and_deviation(values, ".1f", runs=4) == "0.0 (1 of 4 runs)"
+    assert report.mean_and_deviation(values, ".1f", runs=1) == "0.0"

@@ -2,12 +2,14 @@ import json
 import os
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
-from plots_common import STEPS, draw, event_file, read_study, rows
-from synthetic_study import make_run, true_measurement
+from plots_common import STEPS, draw, event_file, points, read_study, rows
+from synthetic_study import make_run, true_measurement, write_events
 
-from plots import results
+import metrics
+from plots import figures, results
 
 
 def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys):
@@ -66,6 +68,138 @@ def test_a_try_of_another_length_does_not_replace_the_studys_run(tmp_path, runs_
     for name in ("longer__tanh", "quickstart__tanh-lan"):
         note = found[f"PongNoFrameskip-v4__{name}__1"]["note"]
         assert note == f"same seed as PongNoFrameskip-v4__dqn_atari_lan__{name.split('__')[1]}__1"
+
+
+def two_experiments(runs_dir, exp_name="a_lr1e-4", **changes):
+    """A study of three seeds, and one run of an ablation whose name comes first in the alphabet."""
+    for seed in (1, 2, 3):
+        for activation in ("relu", "tanh", "tanh-lan"):
+            make_run(runs_dir, "dqn", "Pong", activation, seed)
+    return make_run(runs_dir, "dqn", "Pong", "tanh-lan", 1, exp_name=exp_name, learning_rate=3e-4, **changes)
+
+
+@pytest.mark.parametrize("case", ["equally long", "a little longer", "the study's is unfinished"])
+def test_an_ablation_does_not_replace_the_studys_run(tmp_path, runs_dir, case):
+    """Would catch: of two runs of a seed the first in the alphabet, or the one with some more agent steps."""
+    two_experiments(runs_dir, agent_steps=100_500 if case == "a little longer" else STEPS)
+    name = "PongNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"
+    if case == "the study's is unfinished":
+        (runs_dir / name / "status.json").write_text('{"state": "running"}')
+    read = read_study(runs_dir, tmp_path, allow_unfinished=case == "the study's is unfinished")
+    table = read.runs.set_index("run")
+    assert table["drawn"].sum() == 9
+    assert table.loc["PongNoFrameskip-v4__a_lr1e-4__tanh-lan__1", "note"] == f"same seed as {name}"
+
+
+def test_two_experiments_are_drawn_side_by_side(tmp_path, runs_dir, capsys):
+    """Would catch: an ablation's run taken for a seed of the study, the same look or label for both, its rank divided
+    by another width, the study's claims and scores changed by it; or other runs than those asked for."""
+    two_experiments(runs_dir)
+    for activation in ("relu", "wide-1024"):
+        make_run(runs_dir, "dqn", "Pong", activation, 4, exp_name="a_lr1e-4", learning_rate=3e-4)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 4, exp_name="third")
+    draw(runs_dir, tmp_path / "alone", "tables", exp_name=("dqn_atari_lan",))
+    capsys.readouterr()
+    draw(runs_dir, tmp_path / "both", "tables", exp_name=("dqn_atari_lan", "a_lr1e-4"))
+    assert capsys.readouterr().err.splitlines() == [
+        "missing, dqn relu@a_lr1e-4, 1 run(s) that others have: Pong 1",
+        "missing, dqn tanh-lan@a_lr1e-4, 1 run(s) that others have: Pong 4",
+        "missing, dqn wide-1024@a_lr1e-4, 1 run(s) that others have: Pong 1",
+    ]
+    alone, both = rows(tmp_path / "alone"), rows(tmp_path / "both")
+    assert len(alone) == 9
+    assert {name: row for name, row in both.items() if "a_lr1e-4" not in name} == alone
+    others = {row["activation"]: row for name, row in both.items() if "a_lr1e-4" in name}
+    assert set(others) == {"tanh-lan@a_lr1e-4", "relu@a_lr1e-4", "wide-1024@a_lr1e-4"}
+    assert {row["drawn"] for row in both.values()} == {"True"}
+    wide = others["wide-1024@a_lr1e-4"]
+    assert float(wide["rank_share"]) == pytest.approx(float(wide["effective_rank"]) / 1024)
+    # The same seed of the same made-up learning: the study's ReLU is the baseline of both.
+    same = both["PongNoFrameskip-v4__dqn_atari_lan__tanh-lan__1"], others["tanh-lan@a_lr1e-4"]
+    assert same[0]["normalized_score"] == same[1]["normalized_score"] != ""
+
+    claims = pd.read_csv(tmp_path / "both" / "claims.csv")
+    is_other = claims["claim"].str.contains("@")
+    assert claims[~is_other].reset_index(drop=True).equals(pd.read_csv(tmp_path / "alone" / "claims.csv"))
+    assert set(claims[is_other]["claim"]) == {"tanh-lan@a_lr1e-4: z < mean of its factors"}
+    curves = pd.read_csv(tmp_path / "both" / "curves.csv.gz")
+    assert not curves.duplicated(["algorithm", "game", "activation", "seed", "agent_steps", "quantity"]).any()
+    tables = (tmp_path / "both" / "results.md").read_text()
+    assert "12 found, 12 drawn, 0 unfinished. Experiments: dqn_atari_lan, a_lr1e-4.\n" in tables
+    assert "| DQN | Tanh (LaN), a_lr1e-4 | 1 | 0 | 1 |" in tables
+
+
+def test_every_experiment_has_its_own_line(tmp_path, runs_dir):
+    """Would catch: a group that no figure shows, one that a figure of other activations shows, two lines that look
+    alike, long names cut where they differ."""
+    names = [f"an_ablation_of_the_learning_rate_1e-{n}" for n in (3, 4)]
+    two_experiments(runs_dir, names[0])
+    for activation in ("tanh-lan", "selu"):
+        make_run(runs_dir, "dqn", "Pong", activation, 2, exp_name=names[1])
+    read = read_study(runs_dir, tmp_path, exp_names=("dqn_atari_lan", *names))
+    shown = figures.shown_activations(read, figures.FIGURES["fig05a_dqn_normalized"])
+    assert shown == ["relu", "tanh", "sigmoid", "tanh-lan", *(f"tanh-lan@{name}" for name in names)]
+    assert f"selu@{names[1]}" in figures.shown_activations(read, figures.FIGURES["fig07_dqn_variants"])
+    figure, _ = figures.draw_panels(read, figures.FIGURES["fig05a_dqn_normalized"])
+    lines = figure.axes[0].get_lines()
+    assert len({line.get_label() for line in lines}) == len({line.get_color() for line in lines}) == len(lines) == 5
+
+
+def test_of_each_algorithm_the_first_experiment_named_is_the_usual_one(runs_dir):
+    """Would catch: PPO's runs under a suffix because DQN's experiment was named before."""
+    for algorithm in ("dqn", "ppo"):
+        make_run(runs_dir, algorithm, "Pong", "tanh", 1)
+        make_run(runs_dir, algorithm, "Pong", "tanh", 1, exp_name=f"{algorithm}_other")
+    runs, _ = results.find_runs(runs_dir, runs_dir / "figures")
+    names = ("dqn_other", "ppo_atari_lan", "dqn_atari_lan", "ppo_other")
+    chosen = results.choose_experiments(runs, names)
+    assert {(run.exp_name, run.activation) for run in chosen} == {
+        ("dqn_other", "tanh"),
+        ("dqn_atari_lan", "tanh@dqn_atari_lan"),
+        ("ppo_atari_lan", "tanh"),
+        ("ppo_other", "tanh@ppo_other"),
+    }
+    with pytest.raises(
+        results.BadInput, match=r"--exp-name typo: no run has it; there are: dqn_atari_lan, dqn_other, ppo_"
+    ):
+        results.choose_experiments(runs, ("typo",))
+
+
+def test_another_projects_run_is_not_a_damaged_one_of_ours(tmp_path, runs_dir, capsys):
+    """Would catch: `<game>__<exp_name>__<seed>__<time>` taken for a run without its config.json; a folder with nothing
+    else taken for a study, exit code 0. A run of ours that lost its config.json still has its lock."""
+    foreign = runs_dir / "PongNoFrameskip-v4__dqn_atari__1__1614716469"
+    foreign.mkdir(parents=True)
+    write_events(foreign / "events.out.tfevents.1614716469.host.1.0", [("charts/episodic_return", 10, 1.0)])
+    with pytest.raises(results.BadInput, match=f"holds no run; none of its folders .*: {foreign.name}$"):
+        draw(runs_dir, tmp_path / "out", "tables")
+    assert not (tmp_path / "out").exists()
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    damaged = make_run(runs_dir, "dqn", "Pong", "relu", 2)
+    (damaged / "config.json").unlink()
+    (damaged / ".lock").touch()
+    draw(runs_dir, tmp_path / "out", "tables")
+    messages = capsys.readouterr().err.splitlines()
+    assert f"1 folder is no run: {foreign.name}" in messages
+    assert "left out, algorithm unknown relu, 1 run(s), config.json is missing or unreadable: Pong 2 at 0" in messages
+    assert set(rows(tmp_path / "out")) == {"PongNoFrameskip-v4__dqn_atari_lan__relu__1", damaged.name}
+
+
+def test_runs_in_folders_of_their_own_are_named(tmp_path, capsys):
+    """Would catch: "train first" where runs/machineA/RUN has been trained; runs left out without a word."""
+    make_run(tmp_path / "runs" / "machineA", "dqn", "Pong", "relu", 1)
+    make_run(tmp_path / "runs" / "machineB", "dqn", "Pong", "relu", 2)
+    (tmp_path / "runs" / "model").mkdir()
+    (tmp_path / "runs" / "model" / "config.json").write_text("{}")  # not ours
+    both = f"{tmp_path}/runs/machineA, {tmp_path}/runs/machineB"
+    for folder in (tmp_path / "runs", tmp_path):
+        with pytest.raises(
+            results.BadInput, match=f"holds no run; it holds folders of runs: name one of them, {both}$"
+        ):
+            draw(folder, tmp_path / "out", "tables")
+    make_run(tmp_path / "runs", "dqn", "Pong", "tanh", 1)
+    draw(tmp_path / "runs", tmp_path / "out", "tables")
+    assert f"not drawn, in folders of their own: the runs in {both}" in capsys.readouterr().err.splitlines()
 
 
 def test_many_unfinished_runs_do_not_flood_the_terminal(tmp_path, runs_dir, capsys):
@@ -207,3 +341,31 @@ def test_curves_table_has_the_columns_that_others_read(tmp_path, runs_dir):
     at_end = dead[dead["agent_steps"] == STEPS]["value"].item()
     assert at_end == pytest.approx(true_measurement("dead_neurons", "tanh-lan", 2, 1.0), rel=1e-5)
     assert set(curves["quantity"]) >= {"score", "normalized_score", "human_normalized_score", "dead_factors"}
+
+
+def test_the_scaled_count_of_a_constant_layer_has_no_value(tmp_path, runs_dir):
+    """Constant are 100 %, 100 %, 50 % and 100 % at steps 1 to 4; the scaled count says 0.1 to 0.4, or is not logged.
+
+    Would catch: rounding in the tables; a line across the steps at which a run was constant; another bound than the
+    one by which runs log it.
+    """
+    assert results.MOSTLY_CONSTANT == metrics.MOSTLY_CONSTANT
+    std, scaled = "representation/std_dead_neurons", "representation/dead_neurons_scaled"
+    constant = points((1, 1.0), (2, 1.0), (3, 0.5), (4, 1.0))
+    logged = points((1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4))
+    grid = np.array([0, 1, 2, 2.5, 3, 4])
+    for found in (logged, logged[2:3]):
+        run = results.Run(
+            tmp_path, "dqn", "Pong", "tanh", 1, {}, True, agent_steps=4, points={std: constant, scaled: found}
+        )
+        curve = results.curves_of(run, grid)["dead_neurons_scaled"]
+        np.testing.assert_allclose(curve, [np.nan, np.nan, np.nan, np.nan, 0.3, np.nan], rtol=1e-6)
+        assert "dead_neurons_scaled" not in results.finals_of(run)
+        assert results.finals_of(run)["std_dead_neurons"] == 1
+    never = {
+        std: constant[:2]
+    }  # all constant, so that nothing was ever logged: a run without a value, not without a count
+    assert np.isnan(results.without_rounding(never)[scaled]["value"]).all()
+    assert scaled not in results.without_rounding({std: constant})  # a run of before there was such a count
+    alive = {std: points((1, 0.99 - 1e-4)), scaled: points((1, 0.7))}
+    assert results.without_rounding(alive)[scaled]["value"].tolist() == pytest.approx([0.7])

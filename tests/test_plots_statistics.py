@@ -159,3 +159,20 @@ def test_intervals_of_paired_differences_cover_the_truth():
         found = statistics.paired_difference({name: dict(enumerate(values)) for name, values in games.items()})
         covered += found.low < 2 < found.high
     assert 0.93 < covered / 1000 < 0.99
+
+
+def test_zero_and_one_are_set_from_the_hundredth_game_on():
+    """Seeds' curves 0 8 2 4 and 0 6 4 2: means 0 7 3 3. The last of them ended its hundredth game at step 20.
+
+    Would catch: a zero that one to five games set; the first seed's hundredth game; nothing at all where no seed has
+    played a hundred.
+    """
+    grid = np.array([0.0, 10.0, 20.0, 30.0, 40.0])
+    curves = [np.array([0.0, 1.0, 8.0, 2.0, 4.0]), np.array([0.0, 1.0, 6.0, 4.0, 2.0])]
+    assert statistics.scale_of(curves, grid, 20) == (3.0, 7.0, 20)
+    assert statistics.scale_of(curves, grid, math.inf) == (0.0, 7.0, None)
+    assert statistics.scale_of(curves, grid, 50) == (0.0, 7.0, None)
+    assert statistics.scale_of([], grid, 20) is None
+    games = points(*((10 * i, 0.0) for i in range(1, 121)))
+    assert statistics.hundredth_game(games) == 1000
+    assert statistics.hundredth_game(games[:99]) == math.inf

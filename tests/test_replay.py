@@ -1,14 +1,21 @@
 """replay.py against stable-baselines3's memory of full stacks, and against a list."""
 
+import sys
+
 import gymnasium as gym
+import lz4.block
 import numpy as np
 import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from lan_utils.checkpoint import Checkpoints, Part
 from lan_utils.replay import ReplayMemory, RolloutMemory
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import replay_benchmark
 
 
 def play(memory, stacks, episodes):
@@ -160,6 +167,24 @@ def test_observations_are_drawn_without_replacement_by_a_generator_of_their_own(
     assert torch.equal(drawn, memory.observations(20, seed=(1, 49)))
     assert not torch.equal(drawn, memory.observations(20, seed=(2, 49)))
     assert (np.random.get_state()[1] == state).all()
+
+
+def test_the_benchmark_holds_its_actions_where_it_says_so():
+    """Would catch: the same random play measured twice."""
+    actions = [action for _, action, *_ in replay_benchmark.play("Pong", 60, hold=20)]
+    assert [actions[i] for i in (0, 20, 40) for _ in range(20)] == actions
+    assert len({action for _, action, *_ in replay_benchmark.play("Pong", 20)}) > 3
+
+
+def test_the_benchmark_counts_what_a_transition_takes():
+    """Three frames of one colour: lz4's packet, and 15 bytes in the columns. Would catch: a column or a frame left out,
+    the sum of a memory that is not full."""
+    memory = ReplayMemory(100)
+    frame = np.zeros((84, 84), np.uint8)
+    for _ in range(3):
+        memory.add(frame, 0, 0.0, False, False, frame)
+    packet = len(lz4.block.compress(frame.tobytes(), mode="high_compression", compression=4, store_size=False))
+    assert replay_benchmark.stored_bytes(memory) == packet + 4 + 4 + 1 + 1 + 4 + 1
 
 
 # ------------------------------------------------------------------------------------------------ rollouts

@@ -1,14 +1,17 @@
 """run.py with both scripts: kills and resumes, signals, full disks, and how a run ends."""
 
+import fcntl
 import functools
 import json
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 
@@ -25,7 +28,7 @@ from lan_utils import checkpoint
 from lan_utils import folder as run_folder_module
 from lan_utils import run as run_module
 from lan_utils.checkpoint import Checkpoints, LoopState
-from lan_utils.cli import RunFailed, Stopped
+from lan_utils.cli import STOP_SIGNALS, RunFailed, Stopped
 from lan_utils.replay import ReplayMemory
 from lan_utils.run import Run
 
@@ -420,6 +423,48 @@ def test_signals_from_the_shell(script, signum, runs_dir):
     assert status(runs_dir)["state"] == "stopped"
 
 
+def on_a_terminal(command):
+    """Start a command in the foreground of a terminal of its own; the process and the terminal, to be closed."""
+    terminal, its_end = pty.openpty()
+
+    def take_it():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` around the tests would have ignored
+
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True, preexec_fn=take_it
+    )
+    os.close(its_end)
+    text = b""
+    while b"agent steps" not in text:
+        text += os.read(terminal, 1000)
+    return process, terminal
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_a_run_and_its_games_together(runs_dir):
+    """SIGHUP reaches the workers too, and nothing can be printed any more. Would catch: no checkpoint, a status that
+    says `running` for ever, another exit code because the last line could not be written."""
+    flags = ["--runs-dir", str(runs_dir), "--checkpoint-frequency", "0", "--total-timesteps", "100000"]
+    process, terminal = on_a_terminal([sys.executable, *RUNS["ppo-async"], *flags])
+    os.close(terminal)
+    os.killpg(process.pid, signal.SIGHUP)  # as the shell does, which gets it first
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert len(list(runs_dir.glob("*/checkpoints/*.ckpt"))) == 1
+    assert status(runs_dir)["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_run_under_nohup_survives_its_terminal(runs_dir):
+    """Would catch: an ignored SIGHUP that stops a run all the same."""
+    command = ["bash", "-c", 'trap "" HUP; exec "$@"', "-", sys.executable, *RUNS["dqn"], "--runs-dir", str(runs_dir)]
+    process, terminal = on_a_terminal(command)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0
+    assert status(runs_dir)["state"] == "finished"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dqn", "ppo-async"])
 def test_divergence_is_one_line_and_exit_code_1(name, runs_dir):
@@ -596,6 +641,30 @@ def begun(tmp_path, **flags):
     return run
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_what_batch_systems_send_asks_for_a_checkpoint_however_often(monkeypatch, tmp_path, name):
+    """The kernel repeats SIGXCPU every second. Would catch: a run killed by a warning, or in its checkpoint."""
+    signum = getattr(signal, name)
+    before = {other: signal.getsignal(other) for other in STOP_SIGNALS}
+    try:
+        signal.signal(signum, signal.SIG_DFL)
+        run = begun(tmp_path)
+        monkeypatch.setattr(run_module.os, "_exit", lambda code: pytest.fail("left without a checkpoint"))
+        for seconds in (0, 5, 10):
+            run._signalled_at -= seconds
+            signal.raise_signal(signum)
+            assert run.signum == signum
+        with pytest.raises(Stopped) as stopped:
+            run.save(7)
+        assert (stopped.value.signum, stopped.value.saved) == (signum, True)
+        signal.signal(signum, signal.SIG_IGN)
+        begun(tmp_path)
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+
 def test_one_signal_sent_twice_is_one_and_a_later_one_leaves_at_once(monkeypatch, tmp_path):
     """Would catch: a launcher's repeated SIGTERM that costs the checkpoint; an impatient user who is not heard."""
     run = Run("dqn", dqn.Args(runs_dir=str(tmp_path)), torch.device("cpu"), np.random.default_rng(1))
@@ -632,6 +701,22 @@ def test_the_header_says_what_is_about_to_happen(tmp_path, capsys):
     assert lines[2].endswith(f", {torch.get_num_threads()} threads)")
     assert lines[3].startswith("  size        6 parameters, 2.6 GB needed, ")
     assert lines[4:] == ["  agent steps 9,999,360"]
+
+
+def test_torch_takes_no_more_threads_than_a_quota_has_cores_for(monkeypatch):
+    """Would catch: 64 threads that share the time of two cores; a number that somebody chose, overruled."""
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    run_module.set_up(dqn.Args())
+    assert taken == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_module.set_up(dqn.Args())
+    run_module.set_up(dqn.Args(num_threads=3))
+    assert taken == [2, 3]
+    torch.use_deterministic_algorithms(False)
 
 
 def test_what_is_due_when_turns_are_many_steps_long(tmp_path):

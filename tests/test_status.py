@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ from launchers import bash, environment, files, job_list, locked_by_another_proc
         (["python scripts/status.py"], "scripts/status.py is not a training script: those lie in"),
         (["", "python standin.py --exp-name 'open"], "line 2: No closing quotation"),
         (["python standin.py --seed 1 --overwrite"], "line 1: --overwrite would throw the run away"),
-        (["python standin.py --seed x"], "line 1: --seed and --total-timesteps take whole numbers"),
+        (["python standin.py --seed x"], "line 1: --seed takes a whole number"),
+        (["python standin.py --buffer-size 1e6"], "line 1: --buffer-size takes a whole number"),
         (["python standin.py --seed 1", "python standin.py --seed=01 --seconds 1"], "lines 1 and 2 are the same run"),
         (["python standin.py --exp-name " + "n" * 250], "at most 251 bytes"),
         (["# nothing", ""], "holds no job"),
@@ -146,6 +148,34 @@ def test_a_dead_process_is_told_from_a_live_one(project):
     make_run(project, 4, state="running", step=40, host="elsewhere", updated=time.time() - 3600)
     with locked_by_another_process(run_folder(project, 2)):
         assert states(project, 4)[0] == ["stopped", "running", "running", "stopped"]
+
+
+def test_a_file_system_without_locks(project):
+    """Would catch: a traceback; a run called unreadable, or begun twice, because nobody can ask its lock."""
+    make_run(project, 1, state="running", step=40)
+    make_run(project, 2, state="running", step=40, updated=time.time() - 3600)
+    make_run(project, 3, state="stopped", step=40)
+    for seed in (1, 2, 3):
+        (run_folder(project, seed) / ".lock").touch()
+    file = job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2, 3)))
+    program = """if True:
+        import errno, fcntl, runpy, sys
+        def no_locks(*question):
+            raise OSError(errno.ENOLCK, "No locks available")
+        fcntl.fcntl = no_locks
+        sys.argv = ["status.py", sys.argv[1]]
+        runpy.run_path("scripts/status.py", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", program, file], cwd=project, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["running", "stopped", "stopped"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_a_run_that_a_signal_stopped_has_not_failed(project, signum):
+    """Would catch: a closed terminal or a batch system's warning shown as a failure."""
+    make_run(project, 1, f"{START}=== 2026-01-01T00:00:09+00:00 exit {128 + signum}\n", state="stopped", step=10)
+    assert states(project, 1)[0] == ["stopped"]
 
 
 def test_what_finished_means(project):

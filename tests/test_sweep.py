@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
 from conftest import ROOT, read_events
@@ -236,6 +237,23 @@ def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path
     assert "the list goes on behind line 1, where the array ends" in told
 
 
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
+def test_a_warning_to_the_shell_around_a_run_reaches_the_run(project, tmp_path, signum):
+    """Some systems signal every process of a job. Would catch: a shell that dies of it and leaves its run."""
+    process = slurm_task(project, tmp_path, "python standin.py --seconds 100")
+    wait_until(lambda: notes(project, "begin"), process)
+    (shell,) = psutil.Process(process.pid).children()
+    shell.send_signal(signum)
+    wait_until(lambda: notes(project, "signalled"), process)
+    wait_until(lambda: len(notes(project, "begin")) == 2, process)  # it is tried again: nobody said that time is out
+    for told in (
+        psutil.Process(process.pid),
+        *psutil.Process(process.pid).children(recursive=True),
+    ):  # as Slurm ends it
+        told.terminate()
+    process.communicate(timeout=60)
+
+
 @needs_parallel
 def test_slots_never_exceed_the_limit_and_gpus_take_turns(project, tmp_path):
     """Would catch: a slot's GPU that depends on the job's number, so that one GPU gets them all when jobs differ."""
@@ -274,6 +292,28 @@ def test_the_default_number_follows_from_the_scarcest(project, tmp_path):
     for what, tenths in ((r"free RAM at 2\.5 GB a run", 25), (r"free disk at 1\.5 GB", 15)):
         runs, whole, tenth = map(int, re.search(rf"(\d+) by (\d+)\.(\d) GB of {what}", text).groups())
         assert runs == (10 * whole + tenth) // tenths
+
+
+def test_memory_and_disk_are_those_of_the_games_and_the_replay_memory(project):
+    """Would catch: a sweep of Up'n Down that is killed for memory when its replay memories are full; room for a million
+    transitions kept free for a thousand; what is finished counted."""
+    (project / "copy_of_dqn.py").write_text(STANDIN + "# imports ReplayMemory\n")
+    large = "python copy_of_dqn.py --env-id UpNDownNoFrameskip-v4"
+    small = "python copy_of_dqn.py --buffer-size=100000 --batch-size 64"
+    short = "python copy_of_dqn.py --total-timesteps 1000 --seed 2"
+
+    def needs(*lines):
+        text = sweep(project, "--dry-run", job_list(project, *lines)).stdout
+        return re.search(r"free RAM at (\d+\.\d) GB a run", text)[1], re.search(r"disk at (\d+\.\d)", text)[1]
+
+    assert needs(small) == ("0.9", "0.4")  # 0.8 + 100,000 * 1,500 bytes + 64 * 0.3 MB = 0.969 GB
+    assert needs(short) == ("0.8", "0.3")
+    assert needs(small, large, short) == ("3.4", "2.9")  # 1.2 * 2,181 bytes a transition
+    assert needs(small, "python standin.py") == ("2.5", "1.5")
+    folder = project / "runs" / "UpNDownNoFrameskip-v4__copy_of_dqn__tanh-lan__1"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("weights")
+    assert needs(small, large) == ("0.9", "0.4")
 
 
 @needs_parallel
@@ -315,7 +355,7 @@ def test_crashes_hangs_and_kills(project):
 
 
 @needs_parallel
-@pytest.mark.parametrize("how", ["terminal", signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", ["terminal", signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_stopping_tells_each_training_once_and_leaves_none(project, how):
     """Would catch: a second signal, on which a training leaves without a checkpoint; a retry of what was stopped; an
     orphan. Ctrl-C on a terminal reaches the whole foreground process group."""
