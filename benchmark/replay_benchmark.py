@@ -6,7 +6,6 @@ python benchmark/replay_benchmark.py --full    Q*bert, the largest: 1,000,000 tr
                                                resident memory, a checkpoint's stall, its load, the disk
 """
 
-import signal
 import sys
 import tempfile
 import time
@@ -19,13 +18,12 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_atari_lan as dqn
 from lan_utils.checkpoint import LoopState
 from lan_utils.checks import require
-from lan_utils.cli import leave, one_line_errors
+from lan_utils.cli import launch
 from lan_utils.replay import ReplayMemory
 from lan_utils.run import Run, measure_network, measure_representation, set_up
 from lan_utils.study import GAMES
@@ -33,6 +31,8 @@ from lan_utils.study import GAMES
 
 @dataclass
 class Args:
+    """What the replay memory costs, on frames of random play."""
+
     full: bool = False
     """fill a memory of 1,000,000 and checkpoint it"""
     every: bool = False
@@ -157,13 +157,11 @@ def peak_rss() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def main(args: Args) -> None:
+    require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
+    measure = fill_and_checkpoint if args.full else every_game if args.every else compare_games
+    measure(args.steps)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    try:
-        with one_line_errors():
-            require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
-            measure = fill_and_checkpoint if args.full else every_game if args.every else compare_games
-            measure(args.steps)
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+    launch(main, Args)

@@ -1,17 +1,16 @@
 """What the side experiments share: the look of a figure, and files under --out-dir."""
 
 import io
-import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lan_utils.cli import leave, parse
+from lan_utils import cli
+from lan_utils.cli import BadInput
 from lan_utils.study import ROOT
 from plots import matplotlib
 
@@ -40,22 +39,17 @@ class Args:
 
 
 def launch(main: Callable[[Path], None], doc: str) -> None:
-    """Parse the command line and run `main(out_dir)`; what a user can cause ends in one line and an exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
+    """`cli.launch` of `main(out_dir)`; the folder is made first."""
+
+    def draw(args: Args) -> None:
+        try:
+            (args.out_dir / "figures").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out-dir {args.out_dir}: {error.strerror}; name another folder") from None
+        main(args.out_dir)
+
     Args.__doc__ = doc.split("\n")[0]
-    out_dir = parse(Args).out_dir
-    try:
-        (out_dir / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        leave(2, f"error: --out-dir {out_dir}: {error.filename}: {error.strerror}; name another folder")
-    try:
-        main(out_dir)
-    except OSError as error:
-        leave(1, f"error: cannot write {error.filename or out_dir}: {error.strerror}; mend that and run this again")
-    except BrokenProcessPool:
-        leave(1, "error: a worker process died (out of memory?); free some memory, then run this again")
-    except KeyboardInterrupt:
-        leave(130, "interrupted; run this again from the start")
+    cli.launch(draw, Args)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -61,93 +61,55 @@ class RunFolder:
         """Lock the folder, and make it or, with --overwrite, clear it.
 
         Returns:
-            config.json of the run that is to be resumed, {} where only its checkpoints are left; None where one begins.
+            config.json of the run that is to be resumed; None where one begins.
 
         Raises:
             BadInput: other flags than the run had, another process at work in it, not a run's folder.
             HasFinished
         """
-        config_file = self.path / "config.json"
         try:
-            self._refuse_odd_kinds()
-            has_config = os.path.lexists(config_file)
-            is_run = has_config or self._compared_checkpoint()
-            if not is_run:
-                self._refuse_strangers()
-            old = self._compared_config() if has_config else {} if is_run and not self.args.overwrite else None
+            old = self._old_config()
             self._leave_if_finished()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+            # Another process may have held the lock until now.
+            refuse_unless((self._old_config() is None) == (old is None), f"{self.path} was begun just now; try again")
+            self._leave_if_finished()
         except OSError as error:
-            raise BadInput(f"cannot make {self.path}: {error.strerror}; change --exp-name or --runs-dir") from None
-        # Another process may have held the lock until now.
-        is_same = os.path.lexists(config_file) == has_config
-        refuse_unless(is_same, f"{self.path} was begun by another process just now; try again")
-        self._leave_if_finished()
-        if is_run and self.args.overwrite:
+            raise BadInput(f"cannot use {self.path}: {error.strerror}; change --exp-name or --runs-dir") from None
+        if self.args.overwrite:
             self._delete_all()
-        if old == {}:
-            warn(f"{config_file} was gone: the checkpoints tell the flags; with what else the run began is not known")
+            return None
         return old
 
-    def _refuse_odd_kinds(self) -> None:
-        folder = self.path
-        refuse_unless(folder.is_dir() or not os.path.lexists(folder), f"{folder} is not a folder: move it away")
-        kinds = {
-            "config.json": Path.is_file,
-            "checkpoints": Path.is_dir,
-            ".lock": lambda lock: lock.is_file() and not lock.is_symlink(),
-        }
-        for name, is_right in kinds.items():
-            path = folder / name
-            refuse_unless(is_right(path) or not os.path.lexists(path), f"{path} is not what a run makes: move it away")
+    def _old_config(self) -> dict[str, Any] | None:
+        """config.json or, where somebody deleted it, what the newest whole checkpoint says; None of an empty folder.
 
-    def _refuse_strangers(self) -> None:
-        folder = self.path
-        names = [file.name for file in folder.iterdir()] if folder.exists() else []
-        is_empty = set(names) <= {".lock", "config.json.tmp"}
-        refuse_unless(is_empty, f"{folder} exists and is not a run's folder (no config.json): move it away")
-
-    def _compared_checkpoint(self) -> bool:
-        """Is a whole checkpoint of this run, and of these flags, left of it where somebody deleted its config.json?"""
-        for file in sorted(self.checkpoints.folder.glob("*.ckpt"), reverse=True):
-            try:
-                run = checkpoint.read_checked(file)["run"]
-                algorithm, args = run["algorithm"], run["args"]
-                is_this_run = run_name(SimpleNamespace(**args)) == self.path.name
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if is_this_run and not self.args.overwrite:
-                self.compare(algorithm, args, f"{self.path} was started with other flags")
-            if is_this_run:
-                return True
-        return False
-
-    def _compared_config(self) -> dict[str, Any] | None:
-        """The run's config.json, where it agrees with the flags of this command; None where --overwrite replaces it."""
+        Raises:
+            BadInput: another run's, something else than a run's, or other flags than these and no --overwrite.
+        """
         file = self.path / "config.json"
-        try:
-            old = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
-            # A crash of the machine can leave it so. The lock tells that a run made this folder.
-            is_run = (self.path / ".lock").exists()
-            refuse_unless(is_run, f"{file} is unreadable and no run's: move its folder away")
-            refuse_unless(
-                self.args.overwrite, f"{file} is unreadable: restore it, or start this run anew with --overwrite"
-            )
+        old = read_json(file) or self._flags_of_checkpoint()
+        if not old:
+            files = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+            is_empty = files <= {".lock", "config.json.tmp"}
+            refuse_unless(is_empty, f"{self.path} is no run's folder: config.json cannot be read; move the folder away")
             return None
-        is_config = isinstance(old, dict) and all(isinstance(old.get(key), dict) for key in ("args", "versions"))
-        is_config = is_config and isinstance(old.get("algorithm"), str)
-        refuse_unless(is_config, f"{file} is not what a run writes: restore it, or move its folder away")
         try:
             is_this_run = run_name(SimpleNamespace(**old["args"])) == self.path.name
-        except AttributeError:
+        except (KeyError, TypeError, AttributeError):
             is_this_run = False
-        refuse_unless(is_this_run, f"{file} is another run's: restore this one's, or move its folder away")
-        if self.args.overwrite:
-            return None
-        self.compare(old["algorithm"], old["args"], f"{self.path} was started with other flags")
+        refuse_unless(is_this_run, f"{file} is not this run's: restore it, or move the folder away")
+        if not self.args.overwrite:
+            self.compare(old.get("algorithm"), old["args"], f"{self.path} was started with other flags")
         return old
+
+    def _flags_of_checkpoint(self) -> dict[str, Any]:
+        """{"algorithm": ..., "args": ...}; {} where no checkpoint is whole."""
+        for file in sorted(self.checkpoints.folder.glob("*.ckpt"), reverse=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return checkpoint.read_checked(file)["run"]
+        return {}
 
     def compare(
         self,
@@ -168,13 +130,8 @@ class RunFolder:
         refuse_unless(not differing, f"{what}: {', '.join(differing)}; {remedy}")
 
     def _leave_if_finished(self) -> None:
-        model = self.path / "model.pt"
-        if self.args.overwrite or not os.path.lexists(model):
+        if self.args.overwrite or not (self.path / "model.pt").exists():
             return
-        is_whole = model.is_file() and model.stat().st_size > 0
-        resumes = self.checkpoints or not self.has_lost_checkpoints()
-        remedy = "move it away" if resumes else "restore it from a backup"
-        refuse_unless(is_whole, f"{model} is not a whole file: {remedy}, or start anew with --overwrite")
         status = read_json(self.path / "status.json")
         if status.get("state") != "finished" or self.checkpoints.folder.exists():  # a kill came after model.pt
             self._lock()
@@ -186,16 +143,17 @@ class RunFolder:
 
     def _lock(self) -> None:
         # POSIX locks are not inherited by workers, and the kernel drops those of dead processes.
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        self._lock_file = os.fdopen(descriptor, "r+")  # held until the process ends
+        self.unlock()
+        self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock_file.seek(0)
                 owner = self._lock_file.read().strip() or "another process"
                 raise BadInput(f"{self.path} is being trained by {owner}; wait for it or stop it") from None
             with contextlib.suppress(OSError):  # another file is in it where it is a run's
-                if not os.path.lexists(self.path / "config.json"):
+                if not (self.path / "config.json").exists():
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
             raise BadInput(
@@ -218,13 +176,12 @@ class RunFolder:
             RunFailed: it was deleted or replaced; another process may be training in it.
         """
         try:
-            ours, there = os.fstat(self._lock_file.fileno()), os.stat(self.path / ".lock", follow_symlinks=False)
-            is_ours = os.path.samestat(ours, there)
+            is_ours = os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self.path / ".lock"))
         except OSError:
             is_ours = False
         if not is_ours:
-            is_empty = not self.path.exists() or os.path.lexists(self.path / "config.json")
-            remedy = "" if is_empty or self.checkpoints else "move what is left of it away and "
+            resumes = not self.path.exists() or (self.path / "config.json").exists() or self.checkpoints
+            remedy = "" if resumes else "move what is left of it away and "
             raise RunFailed(
                 f"{self.path} or its .lock was deleted or replaced while this run trained in it: nothing more is "
                 f"written; {remedy}start the run again"
@@ -234,10 +191,7 @@ class RunFolder:
         # In an order that a kill may interrupt: first it is unfinished, and to the last it is a run.
         for pattern in (*MADE, *(f"{name}.tmp" for name in (*MADE[:3], "config.json"))):
             for file in self.path.glob(pattern):
-                if file.is_dir() and not file.is_symlink():
-                    shutil.rmtree(file)
-                else:
-                    file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.checkpoints.delete(keep=set())
 
     # -- what it says of the run ----------------------------------------------------------------------
@@ -250,6 +204,10 @@ class RunFolder:
 
     def record_changes(self, old: dict[str, Any], new: dict[str, Any], step: int) -> None:
         """Warn of what is not as when the run began, and write it under `resumes` of its config.json."""
+        if "versions" not in old:  # all that is known are the flags
+            warn(f"{self.path}/config.json was gone: the checkpoints tell its flags, not the versions it began with")
+            self.write_config(new)
+            return
         changes = {key: new[key] for key in ("versions", "commit", "device", "hardware", "threads")}
         changes = {key: value for key, value in changes.items() if old.get(key) != value}
         for key, now in changes.items():

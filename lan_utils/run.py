@@ -192,12 +192,11 @@ class Run:
         parameters = sum(weight.numel() for weight in network.parameters())
         config = describe(self.algorithm, self.args, self.device, parameters)
         old = self.folder.claim()
-        if old is not None:
-            self._load()
-        if old:
-            self.folder.record_changes(old, config, self.step)
-        else:
+        if old is None:
             self.folder.write_config(config)
+        else:
+            self._load()
+            self.folder.record_changes(old, config, self.step)
         if self.args.track:
             self._mirror(config)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)

@@ -8,11 +8,12 @@ The games are those of the script's own `evaluate`: with as many games and the s
 `--eval-episodes` played at the end of the training. What is written goes into a new folder RUN_FOLDER/enjoy_<n>. The
 run itself is only read, also while it trains. Everything is computed on the CPU.
 
-Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Network(actions, activation, amp)`,
-`make_env(env_id)` and `evaluate(network, env_id, seed, games, video_folder, watch)`.
+Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Network(num_actions, ...)`, whose other
+parameters are named as flags, `make_env(env_id)` and `evaluate(network, args, games, video_folder, watch)`.
 """
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ale_py
@@ -31,11 +32,11 @@ import tyro
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import metrics
 from lan_utils import checkpoint
 from lan_utils.checks import check_env_id, check_ffmpeg, refuse_unless
-from lan_utils.cli import BadInput, leave, one_line_errors, parse, print_line, warn
-from lan_utils.folder import read_json
+from lan_utils.cli import BadInput, launch, print_line, warn
+from lan_utils.files import read_json, replace
+from lan_utils.run import measure_network, measure_representation
 from lan_utils.study import ATARI_SCORES, ROOT, read_atari_scores
 
 
@@ -53,6 +54,8 @@ class Args:
     """film each game as mp4 into a new folder RUN_FOLDER/enjoy_<n>"""
     watch: bool = False
     """show the games in a window"""
+    step: int | None = None
+    """play the weights that --keep-weights kept at this agent step; None: the newest"""
     measure: bool = False
     """measure the representation on these games' observations; activations.npz goes into RUN_FOLDER/enjoy_<n>"""
 
@@ -92,8 +95,11 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     return script, flags
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], int, Path]:
+def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int, Path]:
     """The newest weights of a run: of model.pt, or of the newest whole checkpoint where there is none yet.
+
+    Args:
+        step: of weights_<step>.pt, to read that instead.
 
     Of a checkpoint only the file with the network is read, not the replay memory beside it.
 
@@ -104,6 +110,11 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], int, Path]:
         BadInput: there is neither, or none can be read.
     """
     model = folder / "model.pt"
+    if step is not None:
+        kept = sorted(int(file.stem.removeprefix("weights_")) for file in folder.glob("weights_[0-9]*.pt"))
+        hint = f"kept are {', '.join(map(str, kept))}" if kept else "none were kept: train with --keep-weights"
+        refuse_unless(step in kept, f"--step {step}: {folder} has no weights of this agent step; {hint}")
+        return _load(folder / f"weights_{step}.pt"), step, folder / f"weights_{step}.pt"
     files = sorted((folder / "checkpoints").glob("*.ckpt"), reverse=True)
     for file in () if os.path.lexists(model) else files:
         try:
@@ -116,11 +127,14 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], int, Path]:
     if not os.path.lexists(model):
         unsaved = "nothing is saved yet: neither a model.pt nor a checkpoint; a run saves when Ctrl-C stops it"
         raise BadInput(f"{folder}: " + (f"none of its {len(files)} checkpoints is whole" if files else unsaved))
+    return _load(model), int(read_json(folder / "status.json").get("step") or 0), model
+
+
+def _load(file: Path) -> dict[str, Tensor]:
     try:
-        weights = torch.load(model, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError, KeyError):
-        raise BadInput(f"{model} is damaged; restore it from a backup, or train anew with --overwrite") from None
-    return weights, int(read_json(folder / "status.json").get("step") or 0), model
+        raise BadInput(f"{file} is damaged; restore it from a backup, or train anew with --overwrite") from None
 
 
 def load_network(script: ModuleType, flags: dict[str, Any], weights: Any, file: Path) -> nn.Module:
@@ -130,13 +144,13 @@ def load_network(script: ModuleType, flags: dict[str, Any], weights: Any, file: 
         BadInput: the weights, or the activation, are not of this script.
     """
     env = script.make_env(flags["env_id"])
-    actions = int(env.action_space.n)
+    num_actions = int(env.action_space.n)
     env.close()
-    activation = flags["activation"]
+    wanted = {name: flags[name] for name in inspect.signature(script.Network).parameters if name in flags}
     try:
-        network = script.Network(actions, activation, bool(flags.get("amp")))
-    except KeyError:
-        raise BadInput(f"{file.parent}: {script.__name__}.py has no activation {activation!r}") from None
+        network = script.Network(num_actions, **wanted)
+    except KeyError as error:
+        raise BadInput(f"{file.parent}: {script.__name__}.py has no activation {error}") from None
     network.to(memory_format=torch.channels_last)  # as in training: another layout rounds differently
     try:
         network.load_state_dict(weights)
@@ -196,15 +210,19 @@ def report_scores(scores: list[float], env_id: str) -> Iterator[str]:
 
 
 def measure(network: nn.Module, observations: Tensor, flags: dict[str, Any], seed: tuple[int, int], out: Path) -> None:
-    """Print what `metrics` says of the representation on these observations, and write `activations.npz`."""
-    sample = metrics.activations(network, observations)
-    values = metrics.log_representation(None, sample, flags["dead_threshold"], seed, step=0)
+    """Print what `metrics` says of the network on these observations, and write `activations.npz`."""
+    sample, layers = measure_network(network, observations)
+    values, _ = measure_representation(sample, flags["dead_threshold"], seed)
     print_line(f"representation, on {len(observations):,} observations of these games")
     for name, value in values.items():
         text = f"{value:.1%}" if "neurons" in name else f"{value:.1f}"
         print_line(f"  {name:22} {text:>8}")
-    arrays = {name: part.numpy() for name, part in sample.items()}
-    checkpoint.replace(out / "activations.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    print_line("layers                   constant     zero  dormant")
+    for name, of_layer in layers.items():
+        columns = (f"{of_layer[what]:9.1%}" for what in ("constant", "zero", "dormant"))
+        print_line(f"  {name:22}" + "".join(columns))
+    arrays = {name: activations.numpy() for name, activations in sample.items()}
+    replace(out / "activations.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 OPEN_WINDOW = """
@@ -259,13 +277,14 @@ def check_flags(args: Args) -> None:
 def main(args: Args) -> None:
     check_flags(args)
     script, flags = read_run(args.folder)
-    weights, step, file = read_weights(args.folder)
+    weights, step, file = read_weights(args.folder, args.step)
     network = load_network(script, flags, weights, file)
     torch.set_num_threads(1)  # more would only disturb a training beside it
     seed = flags["seed"] if args.seed is None else args.seed
+    of_run = SimpleNamespace(**{"repeat_action_probability": 0.0} | flags | {"seed": seed})
 
     algorithm = script.__name__.removesuffix("_atari_lan").upper()
-    state = "finished" if file.name == "model.pt" else "not finished yet"
+    state = "finished" if file.name == "model.pt" else "kept along the way" if args.step else "not finished yet"
     print_line(f"{algorithm}, {flags['activation']}, on {flags['env_id']}, games of seed {seed}")
     print_line(f"  weights   {file}")
     print_line(f"  trained   {step:,} agent steps, {state}")
@@ -274,14 +293,14 @@ def main(args: Args) -> None:
     scores = []
     try:
         video_folder = out if args.video else None
-        for score in script.evaluate(network, flags["env_id"], seed, args.episodes, video_folder, args.watch):
+        for score in script.evaluate(network, of_run, args.episodes, video_folder, args.watch):
             print_line(f"  {f'game {len(scores)}':9} {score:10g}")
             scores.append(score)
         for line in report_scores(scores, flags["env_id"]):
             print_line(line)
         if sample:
             sample.hook.remove()
-            width = network.representation.width
+            width = network.encoder.width
             refuse_unless(
                 sample.seen >= width,
                 f"--episodes {args.episodes}: {sample.seen} observations are too few to measure {width} neurons; "
@@ -296,11 +315,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse(Args)
-    try:
-        with one_line_errors():
-            main(arguments)
-    except OSError as error:
-        leave(1, f"error: cannot use {error.filename or arguments.folder}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        leave(130, "stopped by Ctrl-C")
+    launch(main, Args)

@@ -45,7 +45,7 @@ BAD_INPUT = {
     "no wandb": ("--track", "--track needs Weights & Biases; install it: pip install wandb"),
     "name": ("--exp-name a/b", "--exp-name is a/b; it must be part of a folder's name, which has"),
     "file as folder": (f"--runs-dir {ROOT}/README.md/runs", "is not a folder; name another one"),
-    "read-only folder": ("--runs-dir /proc/runs", "cannot make /proc/runs/BreakoutNoFrameskip-v4__"),
+    "read-only folder": ("--runs-dir /proc/runs", "cannot use /proc/runs/BreakoutNoFrameskip-v4__"),
 }
 BAD_PPO_INPUT = {
     "no environments": ("--num-envs 0", "--num-envs is 0; it must be positive"),
