@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lan_utils.checkpoint import replace
 from lan_utils.checks import check_env_id, refuse_unless, require
-from lan_utils.cli import BadInput, RunFailed, leave, one_line_errors
+from lan_utils.cli import BadInput, RunFailed, launch
 from lan_utils.folder import hardware
 from lan_utils.study import ROOT
 
@@ -578,8 +577,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # and end the runs too
-    try:
-        with one_line_errors():
-            main(tyro.cli(Args, description=__doc__.split("\n")[0]))
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+    Args.__doc__ = __doc__.split("\n")[0]
+    launch(main, Args)

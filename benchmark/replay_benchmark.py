@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_atari_lan as dqn
 from lan_utils.checkpoint import LoopState
 from lan_utils.checks import require
-from lan_utils.cli import leave, one_line_errors
+from lan_utils.cli import launch
 from lan_utils.replay import ReplayMemory
 from lan_utils.run import Run, measure_representation, record_representation, set_up
 from lan_utils.study import GAMES
@@ -127,12 +126,12 @@ def peak_rss() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def main(args: Args) -> None:
+    require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
+    fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    try:
-        with one_line_errors():
-            require(32 <= args.steps <= 1_000_000, args, "steps", "lie in 32, a minibatch, to 1,000,000")
-            fill_and_checkpoint(args.steps) if args.full else compare_games(args.steps)
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+    Args.__doc__ = __doc__.split("\n")[0]
+    launch(main, Args)
