@@ -106,7 +106,7 @@ def ranges(script):
         importlib.import_module(script.removesuffix(".py")).Args, include_extras=True
     ).items():
         options = [hint, *get_args(hint)]
-        if {int, float} & {option for option in options if isinstance(option, type)}:
+        if {int, float} & {getattr(option, "__origin__", option) for option in options}:
             found[name] = [limit for option in options for limit in getattr(option, "__metadata__", ())]
     return found
 

@@ -291,6 +291,7 @@ class Net(torch.nn.Module):
 
     def forward(self, observations):
         self.seen.append(observations)
+        assert not torch.is_grad_enabled()
         x = observations["x"] if isinstance(observations, dict) else observations
         x = x[0] if isinstance(x, tuple) else x
         x = self.pair(self.dropout(self.first(x)))["halves"][0]
