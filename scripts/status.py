@@ -35,7 +35,7 @@ from lan_utils.study import ROOT, dqn_disk, dqn_memory, run_name
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"^=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ", re.MULTILINE)
 EXIT = re.compile(r"^=== \S+ exit (\d+)$", re.MULTILINE)
-STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes: stopped by a signal, resumes
+STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes of a run that a signal stopped and that resumes
 LOG_TAIL = 20_000  # bytes
 OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with its eight games
 FRESH_SECONDS = 600  # a run whose lock cannot be seen, as on another host, is running if it has written so lately
@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
 
 class Status(NamedTuple):
-    """state: one of STATES; stopped is unfinished and resumes, waiting has not begun. step 0 and speed 0: unknown."""
+    """state: one of STATES (docs/sweeps.md explains them). step 0, speed 0 and threads 0: unknown."""
 
     state: str
     step: int = 0
@@ -121,7 +121,7 @@ def parse_job(number: int, text: str) -> Job | None:
         )
     for name in ("env_id", "exp_name", "activation", "seed", "total_timesteps"):
         if name not in values:
-            raise BadInput(f"{line}: cannot tell the default of --{name.replace('_', '-')} in {script}; give it here")
+            raise BadInput(f"{line}: {script} has no plain default of --{name.replace('_', '-')}: add the flag here")
     replay = {"buffer_size", "batch_size"} & values.keys()
     for name in ("seed", "total_timesteps", *replay):
         try:
@@ -195,7 +195,7 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def is_alive(pid: str, host: str, log: str) -> bool:
-    """Is the launcher's process that wrote this start into the log still there? It is before the run takes its lock."""
+    """Does the launcher's process that wrote this start into the log still exist? It comes before the run's lock."""
     try:
         return host == os.uname().nodename and os.fsencode(log) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -204,7 +204,7 @@ def is_alive(pid: str, host: str, log: str) -> bool:
 
 @functools.cache
 def slurm_states() -> dict[str, str]:
-    """State of each job that Slurm knows, by the id that the logs give."""
+    """The state of each job that Slurm knows, by its id as the logs have it."""
     if not shutil.which("squeue"):
         return {}
     try:
@@ -228,7 +228,7 @@ def read_log(log: str) -> str:
 
 
 def status_of(job: Job) -> Status:
-    """What the run's status.json and lock and the launcher's log say."""
+    """The state of a run by its status.json, its lock and the launcher's log."""
     try:
         return read_status(job)
     except OSError as error:
@@ -237,7 +237,7 @@ def status_of(job: Job) -> Status:
 
 def read_status(job: Job) -> Status:
     """Raises OSError."""
-    locked = is_locked(job.folder)  # first: a run that ends now has said so before it lets go
+    locked = is_locked(job.folder)  # first: a run that ends meanwhile has written its status before it unlocks
     file = job.folder / "status.json"
     status = read_json(file)
     state, step, speed = status.get("state"), status.get("step", 0), status.get("steps_per_second", 0.0)
@@ -261,7 +261,7 @@ def read_status(job: Job) -> Status:
     of_run = step, speed, "", read_json(job.folder / "config.json").get("threads") or 0
     if slurm_state == "PENDING":
         return Status("waiting", *of_run)
-    # It went on later than what the launcher last ran.
+    # The run went on after what the launcher last ran.
     by_hand = status and log and file.stat().st_mtime > os.stat(job.log).st_mtime
     if ended and ended[0] not in STOPPED and not by_hand:
         return Status("failed", *of_run)._replace(note=f"exit code {ended[0]}, see {job.log}")
@@ -271,7 +271,7 @@ def read_status(job: Job) -> Status:
 
 
 def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
-    """Until all runs but the failed ones have finished, if as many go on at once as now; None where nobody can tell.
+    """Until all runs but the failed ones have finished, if as many train at once as now; None where it is unknown.
 
     A run's speed is its own, or the mean of its script's runs, or the mean of all.
     """
@@ -293,7 +293,7 @@ def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """2 days 3 h, 3 h 20 min, 20 min, 40 s: no more than two units."""
+    """At most two units: 2 d 3 h, 3 h 20 min, 20 min, 40 s."""
     days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
     if days:
         return f"{days} d {hours} h"
@@ -317,7 +317,7 @@ def print_table(jobs: list[Job]) -> None:
     left = seconds_left(jobs, statuses)
     remaining = ""
     if {"running", "stopped", "waiting"} & set(states):
-        unknown = "no run has told its speed yet" if "running" in states else "no run is going on"
+        unknown = "no run has a speed yet" if "running" in states else "no run is training"
         remaining = f"; time left unknown: {unknown}" if left is None else f"; about {duration(left)} left"
     print(f"{len(jobs)} runs: {', '.join(counts)}{remaining}", flush=True)
 

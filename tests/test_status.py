@@ -22,7 +22,7 @@ from launchers import STANDIN, bash, environment, files, job_list, locked_by_ano
         (["python scripts/status.py"], "scripts/status.py is not a training script: those are in"),
         (["python plain.py"], "line 1: plain.py is not a training script: it has no class Args"),
         (["python broken.py"], "line 1: broken.py is not valid Python: "),
-        (["python computed.py"], "line 1: cannot tell the default of --total-timesteps in computed.py; give it here"),
+        (["python computed.py"], "line 1: computed.py has no plain default of --total-timesteps: add the flag here"),
         (["python standin.py --runs-dir --seed 2"], "line 1: --runs-dir needs a folder"),
         (["", "python standin.py --exp-name 'open"], "line 2: No closing quotation"),
         (["python standin.py --seed 1 --overwrite"], "line 1: --overwrite would delete the run"),
@@ -53,7 +53,7 @@ def test_a_list_that_cannot_be_run_is_refused_before_anything_starts(project, li
 def test_other_bad_input(project):
     for arguments, message in [
         (["absent.txt"], "cannot read the job list"),
-        (["--jobs-per-gpu", "0", "x"], "--jobs-per-gpu takes a number from 1 on"),
+        (["--jobs-per-gpu", "0", "x"], "--jobs-per-gpu takes a number from 1 to 9999"),
         (["--foo"], "unknown flag --foo"),
         (["a", "b"], "one job list at a time"),
         ([], "the job list on standard input contains no job"),
