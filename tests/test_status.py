@@ -64,33 +64,40 @@ def test_other_bad_input(project):
         assert done.stderr.count("\n") == 1
 
 
+def status(project, *arguments):
+    command = [sys.executable, "scripts/status.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+def planned(project, *lines, only=()):
+    """The fields of each line of the plan: line number, state, threads, log, command, RAM, disk."""
+    done = status(project, "--plan", job_list(project, *lines), *only)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split("\t") for line in done.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--plan"], ["a", "b"], ["--plan", "a", "1x"], ["--jobs", "a"]])
 def test_what_is_no_command_line(project, arguments):
-    command = [sys.executable, "scripts/status.py", *arguments]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    done = status(project, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "status.py --help" in done.stderr
 
 
 def test_only_some_lines(project):
     """Counted in the file, blank lines too. Would catch: a Slurm task that trains the run of another line."""
-    file = job_list(project, "", *(f"python standin.py --seed {seed}" for seed in (1, 2, 3)))
-    plan = bash("-c", f"python scripts/status.py --plan '{file}' 2 4", cwd=project).stdout
-    assert [line.split("\t")[0] for line in plan.splitlines()] == ["2", "4"]
-    assert bash("-c", f"python scripts/status.py --plan '{file}' 1", cwd=project).stdout == ""
-    table = bash("-c", f"python scripts/status.py '{file}' 3", cwd=project).stdout.splitlines()
+    lines = ["", *(f"python standin.py --seed {seed}" for seed in (1, 2, 3))]
+    assert [line for line, *_ in planned(project, *lines, only=(2, 4))] == ["2", "4"]
+    assert planned(project, *lines, only=(1,)) == []
+    table = status(project, project / "jobs.txt", 3).stdout.splitlines()
     assert table[0] == "waiting     BreakoutNoFrameskip-v4__standin__tanh-lan__2"
     assert len(table) == 2
 
 
 def test_a_copy_of_a_script_is_read(project):
     """Would catch: a run folder guessed from the script's name, where the copy's flags give it another."""
-    copy = (
-        STANDIN.replace('"standin"', '"mine"').replace('"tanh-lan"', '"relu"').replace("seed: int = 1", "seed: int = 7")
-    )
+    copy = STANDIN.replace('"standin"', '"mine"').replace('"tanh-lan"', '"relu"').replace(" = 1\n", " = 7\n", 1)
     (project / "copy.py").write_text(copy)
-    plan = bash("-c", f"python scripts/status.py --plan '{job_list(project, 'python copy.py')}'", cwd=project).stdout
-    assert plan.split("\t")[3] == "runs/.sweep/BreakoutNoFrameskip-v4__mine__relu__7.log"
+    assert planned(project, "python copy.py")[0][3] == "runs/.sweep/BreakoutNoFrameskip-v4__mine__relu__7.log"
 
 
 def test_dry_run_does_nothing(project):
@@ -137,10 +144,7 @@ def make_run(project, seed=1, log=None, **status):
 def states(project, count):
     """The first word of each line of the table, and the table."""
     file = job_list(project, *(f"python standin.py --total-timesteps 100 --seed {seed + 1}" for seed in range(count)))
-    done = subprocess.run(
-        [sys.executable, "scripts/status.py", file], cwd=project, env=environment(), capture_output=True, text=True,
-        timeout=20,
-    )  # fmt: skip
+    done = status(project, file)
     assert (done.returncode, done.stderr) == (0, "")
     return [line.split()[0] for line in done.stdout.splitlines()[:-1]], done.stdout.splitlines()
 
@@ -196,11 +200,13 @@ def test_a_file_system_without_locks(project):
     assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["running", "stopped", "stopped"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
-def test_a_run_that_a_signal_stopped_has_not_failed(project, signum):
+def test_a_run_that_a_signal_stopped_has_not_failed(project):
     """Would catch: a closed terminal or a batch system's warning shown as a failure."""
-    make_run(project, 1, f"{START}=== 2026-01-01T00:00:09+00:00 exit {128 + signum}\n", state="stopped", step=10)
-    assert states(project, 1)[0] == ["stopped"]
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+    for seed, signum in enumerate(signals, start=1):
+        log = f"{START}=== 2026-01-01T00:00:09+00:00 exit {128 + signum}\n"
+        make_run(project, seed, log, state="stopped", step=10)
+    assert states(project, 5)[0] == ["stopped"] * 5
 
 
 def test_what_finished_means(project):
@@ -233,7 +239,7 @@ def test_one_unreadable_run_does_not_hide_the_others(project):
     found, lines = states(project, 5)
     assert found == ["stopped", "unreadable", "unreadable", "unreadable", "waiting"]
     assert all(" cannot read runs/" in line for line in lines[1:4])
-    plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project)
+    plan = status(project, "--plan", project / "jobs.txt")
     assert plan.returncode == 0
     assert plan.stderr.count("error: line ") == plan.stderr.count("\n") == 3
 
@@ -260,20 +266,15 @@ def test_the_threads_that_an_unfinished_run_began_with(project):
         [("stopped", {"threads": 3}), ("stopped", {}), ("finished", {"threads": 3})]
     ):
         (make_run(project, seed + 1, state=state) / "config.json").write_text(json.dumps(config))
-    job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2, 3, 4)))
-    plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project).stdout
-    assert [line.split("\t")[2] for line in plan.splitlines()] == ["3", "-", "-", "-"]
+    plan = planned(project, *(f"python standin.py --seed {seed}" for seed in (1, 2, 3, 4)))
+    assert [threads for _, _, threads, *_ in plan] == ["3", "-", "-", "-"]
 
 
-@pytest.mark.parametrize(
-    ("text", "exp_name"),
-    [("'a#b'", "a#b"), ('"a #b"', "a #b"), ("a #b", "a"), ("a# don't", "a"), (r"a\ b", "a b"), (r"\#b", "#b")],
-)
-def test_a_comment_begins_outside_of_quotes(project, text, exp_name):
+def test_a_comment_begins_outside_of_quotes(project):
     """`jobs.py` quotes a #. Would catch: a quoted one that cuts the name, so that another run is trained."""
-    job_list(project, f"python standin.py --exp-name {text}")
-    plan = bash("-c", "python scripts/status.py --plan jobs.txt", cwd=project)
-    assert plan.stdout.split("\t")[3] == f"runs/.sweep/BreakoutNoFrameskip-v4__{exp_name}__tanh-lan__1.log"
+    names = {"'a#b'": "a#b", '"a #b"': "a #b", r"a\ b": "a b", r"\#b": "#b", "a #b": "a", "c# don't": "c"}
+    plan = planned(project, *(f"python standin.py --exp-name {text}" for text in names))
+    assert [log.split("__")[1] for _, _, _, log, *_ in plan] == list(names.values())
 
 
 def test_880_runs_at_once(project):
@@ -302,9 +303,5 @@ def test_880_runs_at_once(project):
 )
 def test_a_failed_runs_status_whatever_its_log_holds(project, log):
     """Would catch: a failed run shown as waiting or stopped, because of where its last lines are."""
-    file = project / "runs" / ".sweep" / "BreakoutNoFrameskip-v4__standin__tanh-lan__1.log"
-    file.parent.mkdir(parents=True)
-    start = "=== 2026-01-01T00:00:00+00:00 start in process 1 on host with OMP_NUM_THREADS=1: python standin.py\n"
-    file.write_text(start + log)
-    done = sweep(project, "--status", job_list(project, "python standin.py"))
-    assert done.stdout.startswith("failed "), done.stdout
+    make_run(project, 1, START + log)
+    assert states(project, 1)[0] == ["failed"]
