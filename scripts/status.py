@@ -1,50 +1,59 @@
 """What has become of each run of a job list; sweep.sh and sweep.slurm ask it.
 
-  python scripts/status.py jobs.txt            a table
-  python scripts/status.py --plan jobs.txt     a line for each run, with tabs:
-      line number, state, CPU threads that an unfinished run began with (or -),
-      log file, command, MB of RAM and of disk that it needs until it has finished
-  python scripts/status.py --plan jobs.txt 3   of line 3 only
+python scripts/status.py jobs.txt               (a table)
+python scripts/status.py --plan jobs.txt 3 4    (what a launcher needs to know of the runs of lines 3 and 4)
 
-Everything is read from what the runs leave on the disk, and from squeue where
-there is one. Imports no torch: it answers at once for hundreds of runs.
+Everything is read from what the runs leave on the disk, and from squeue where there is one. Imports no torch: it
+answers at once for hundreds of runs.
 """
 
 import fcntl
 import functools
 import itertools
-import json
 import mmap
 import os
 import re
 import shlex
 import shutil
-import signal
-import stat
 import struct
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple
+
+from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lan_utils.flags import defaults_of
+from lan_utils import flags
+from lan_utils.cli import BadInput, launch
+from lan_utils.files import read_json
 from lan_utils.study import ROOT, dqn_disk, dqn_memory, run_name
 
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
-START = re.compile(r"=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ")
-EXIT = re.compile(r"=== \S+ exit (\d+)")
-STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes: stopped by a signal, resumes
+START = re.compile(r"^=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ", re.MULTILINE)
+EXIT = re.compile(r"^=== \S+ exit (\d+)$", re.MULTILINE)
+STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes of a run that a signal stopped and that resumes
 LOG_TAIL = 20_000  # bytes
 OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with its eight games
-JSON_LIMIT = 1_000_000  # bytes
-FRESH_SECONDS = (
-    600  # a run whose lock may not be seen here, such as one on another host, is at work if it wrote so lately
-)
-# What comes before a comment: whole words, quoted and escaped as in a shell. A `#` begins one only where a word would.
-WORDS = re.compile(r"""(?:[ \t\r\n]++|(?!\#)(?:[^ \t\r\n'"\\]|\\.|'[^']*+'|"(?:[^"\\]|\\.)*+")++)*+""")
+FRESH_SECONDS = 600  # a run whose lock cannot be seen, as on another host, is running if it has written so lately
+
+defaults_of = functools.cache(flags.defaults_of)
+
+
+@dataclass
+class Args:
+    """Show what has become of each run of a job list."""
+
+    jobs: Annotated[Positional[str], arg(metavar="JOBS.TXT")]
+    """the job list; -: standard input"""
+    lines: Annotated[Positional[tuple[int, ...]], arg(metavar="[LINE ...]", help_behavior_hint="")] = ()
+    """only the runs of these lines, counted from 1"""
+    plan: bool = False
+    """instead of the table a line for each run, with tabs: line number, state, CPU threads that an unfinished run began
+    with (or -), log file, command, MB of RAM, MB of disk that it needs until it has finished"""
 
 
 class Job(NamedTuple):
@@ -61,7 +70,7 @@ class Job(NamedTuple):
 
 
 class Status(NamedTuple):
-    """state: one of STATES; stopped is unfinished and resumes, waiting has not begun. step 0 and speed 0: unknown."""
+    """state: one of STATES (docs/sweeps.md explains them). step 0, speed 0 and threads 0: unknown."""
 
     state: str
     step: int = 0
@@ -70,77 +79,83 @@ class Status(NamedTuple):
     threads: int = 0
 
 
-class Unreadable(Exception):
-    """A run's file is none that a run writes, or cannot be read."""
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 # ------------------------------------------------------------------------------------------------ the list
 
 
 def parse_job(number: int, text: str) -> Job | None:
-    """One line of the list; None for a blank line or a comment. Exits with 2 where it is not a run of this project."""
-    end = WORDS.match(text).end()
+    """One line of the list; None for a blank line or a comment, which a `#` outside of quotes begins.
+
+    Raises:
+        BadInput: it is not a run of this project.
+    """
+    line = f"line {number}"
     try:
-        words = shlex.split(text[:end] if text[end:].startswith("#") else text)
+        words = shlex.split(text, comments=True)
     except ValueError as error:
-        fail(f"line {number}: {error} in: {text}")
+        raise BadInput(f"{line}: {error} in: {text}") from None
     if not words:
         return None
     if not all(map(str.isprintable, words)):
-        fail(f"line {number}: {text!r} holds an unprintable character")
+        raise BadInput(f"{line}: {text!r} contains an unprintable character")
     if len(words) < 2 or words[0] not in ("python", "python3") or not words[1].endswith(".py"):
-        fail(f"line {number}: {text}: a job is one line `python <script>.py <flags>`, as scripts/jobs.py prints it")
-    script, flags = words[1], words[2:]
+        raise BadInput(f"{line}: {text}: a job is one line `python <script>.py <flags>`, as scripts/jobs.py prints it")
+    script = words[1]
     if not (ROOT / script).is_file():
-        fail(f"line {number}: there is no {script} in the project's folder")
+        raise BadInput(f"{line}: there is no {script} in the project's folder")
     if (ROOT / script).parent != ROOT:
-        fail(f"line {number}: {script} is not a training script: those lie in the project's folder itself")
-    values = defaults_of(ROOT / script)
+        raise BadInput(f"{line}: {script} is not a training script: those are in the project's folder itself")
+    try:
+        values = dict(defaults_of(ROOT / script))
+    except SyntaxError as error:
+        raise BadInput(f"{line}: {script} is not valid Python: {error}") from None
     if not values:
-        fail(f"line {number}: {script} is not a training script: it has no class Args of flags")
-    for word, following in itertools.pairwise([*flags, ""]):
+        raise BadInput(f"{line}: {script} is not a training script: it has no class Args")
+    for word, following in itertools.pairwise([*words[2:], ""]):
         name, has_value, value = word.partition("=")
-        name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
-        if name == "overwrite":
-            fail(
-                f"line {number}: --overwrite would throw the run away whenever it is resumed; "
-                "to start it anew, stop it and run this line once by hand"
-            )
-        if name in values:
-            values[name] = value if has_value else following
+        if name.startswith("--"):
+            values[name.removeprefix("--").replace("-", "_")] = value if has_value else following
+    if values["overwrite"] is not False:
+        raise BadInput(
+            f"{line}: --overwrite would delete the run whenever it is resumed; "
+            "to start it anew, stop it and run this line once by hand"
+        )
+    for name in ("env_id", "exp_name", "activation", "seed", "total_timesteps"):
+        if name not in values:
+            raise BadInput(f"{line}: {script} has no plain default of --{name.replace('_', '-')}: add the flag here")
     replay = {"buffer_size", "batch_size"} & values.keys()
     for name in ("seed", "total_timesteps", *replay):
         try:
             values[name] = int(values[name])
         except ValueError:
-            fail(f"line {number}: --{name.replace('_', '-')} takes a whole number: {text}")
+            raise BadInput(f"{line}: --{name.replace('_', '-')} takes a whole number: {text}") from None
     args = SimpleNamespace(**values)
     name = run_name(args)
     if "/" in name or len(os.fsencode(name)) > 251:
-        fail(f"line {number}: the run's name must have no slash and at most 251 bytes: {name}")
-    runs_dir = args.runs_dir if not args.runs_dir.startswith("-") else f"./{args.runs_dir}"  # no flag of `mkdir`
-    log = f"{runs_dir}/.sweep/{name}.log"
+        raise BadInput(f"{line}: the run's name must have no slash and at most 251 bytes: {name}")
+    if args.runs_dir.startswith("-"):
+        raise BadInput(f"{line}: --runs-dir needs a folder: {text}")
+    log = f"{args.runs_dir}/.sweep/{name}.log"
     ram, disk = OTHER_RAM, OTHER_DISK
     if len(replay) == 2:  # DQN, or a copy of it under another name
         transitions = min(args.buffer_size, args.total_timesteps)
         ram = dqn_memory(args.env_id, transitions, args.batch_size) // 1_000_000
         disk = dqn_disk(args.env_id, transitions) // 1_000_000
-    return Job(number, script, Path(runs_dir, name), log, args.total_timesteps, shlex.join(words), ram, disk)
+    return Job(number, script, Path(args.runs_dir, name), log, args.total_timesteps, shlex.join(words), ram, disk)
 
 
 def read_jobs(file: str) -> list[Job]:
-    """The list's runs, each once. Exits with 2 where the list cannot be run as it is."""
+    """The list's runs, each once.
+
+    Raises:
+        BadInput: the list cannot be run as it is.
+    """
     try:
         with open(0 if file == "-" else file, "rb", closefd=file != "-") as opened:
             lines = opened.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        fail(f"cannot read the job list {file}: {reason}; name a file of commands, as scripts/jobs.py prints them")
+        hint = "name a file of commands, as scripts/jobs.py prints them"
+        raise BadInput(f"cannot read the job list {file}: {reason}; {hint}") from None
     os.chdir(ROOT)
     jobs: dict[str, Job] = {}
     for number, line in enumerate(lines, start=1):
@@ -149,56 +164,14 @@ def read_jobs(file: str) -> list[Job]:
             continue
         first = jobs.setdefault(os.path.abspath(job.folder), job)
         if first.command != job.command:
-            fail(f"lines {first.line} and {job.line} are the same run, {job.folder}, with different flags")
+            both = f"lines {first.line} and {job.line}"
+            raise BadInput(f"{both} are the same run, {job.folder}, with different flags or scripts")
     if not jobs:
-        fail(f"the job list {'on standard input' if file == '-' else file} holds no job")
+        raise BadInput(f"the job list {'on standard input' if file == '-' else file} contains no job")
     return list(jobs.values())
 
 
 # ---------------------------------------------------------------------------------------------- their states
-
-
-def open_regular(file: Path | str) -> int | None:
-    """Descriptor for reading; None where there is no such file. Waits for no pipe and follows no link.
-
-    Raises:
-        Unreadable
-    """
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        reason = "it is a link" if os.path.islink(file) else error.strerror
-        raise Unreadable(f"cannot read {file}: {reason}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Unreadable(f"{file} is no regular file: move it away")
-    return descriptor
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """{} where there is no such file.
-
-    Raises:
-        Unreadable
-    """
-    descriptor = open_regular(file)
-    if descriptor is None:
-        return {}
-    with open(descriptor, "rb") as opened:
-        try:
-            content = json.loads(opened.read(JSON_LIMIT))
-        except (ValueError, RecursionError):
-            content = None
-    if not isinstance(content, dict):
-        raise Unreadable(f"{file} is damaged: restore it or move it away")
-    return content
-
-
-def number(value: Any) -> float:
-    """The value, or 0 where it is none that a run writes."""
-    return value if type(value) in (int, float) and 0 < value < 1e15 else 0
 
 
 def is_locked(folder: Path) -> bool | None:
@@ -207,12 +180,13 @@ def is_locked(folder: Path) -> bool | None:
     Returns:
         None where the file system has no locks on this host.
     """
-    descriptor = open_regular(folder / ".lock")
-    if descriptor is None:
-        return False
     # By hand: Python's fcntl module has no struct flock, and /proc/locks knows neither NFS nor other containers.
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    with open(descriptor, "rb") as file:
+    try:
+        file = open(folder / ".lock", "rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        return False
+    with file:
         try:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
         except OSError:
@@ -221,7 +195,7 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def is_alive(pid: str, host: str, log: str) -> bool:
-    """Is the launcher's process that wrote this start into the log still there? It is before the run takes its lock."""
+    """Does the launcher's process that wrote this start into the log still exist? It comes before the run's lock."""
     try:
         return host == os.uname().nodename and os.fsencode(log) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -230,7 +204,7 @@ def is_alive(pid: str, host: str, log: str) -> bool:
 
 @functools.cache
 def slurm_states() -> dict[str, str]:
-    """State of each job that Slurm knows, by the id that the logs give."""
+    """The state of each job that Slurm knows, by its id as the logs have it."""
     if not shutil.which("squeue"):
         return {}
     try:
@@ -241,78 +215,63 @@ def slurm_states() -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in listed.stdout.splitlines() if " " in line)
 
 
-def read_log(log: str) -> tuple[list[str], float]:
-    """The line of the last start, however far back, and the log's last lines; when it was last written.
-
-    Raises:
-        Unreadable
-    """
-    descriptor = open_regular(log)
-    if descriptor is None:
-        return [], 0.0
-    with open(descriptor, "rb"):
-        written, size = os.fstat(descriptor).st_mtime, os.fstat(descriptor).st_size
-        if not size:
-            return [], 0.0
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
+def read_log(log: str) -> str:
+    """The line of the last start, however far back, and the log's end; "" where there is no log."""
+    try:
+        with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             tail = max(0, len(content) - LOG_TAIL)
-            start = content.rfind(b"=== ", 0, max(0, content.rfind(b" start in process ")))
-            head = content[start : start + 1000].split(b"\n")[0] + b"\n" if 0 <= start < tail else b""
-            text = (head + content[tail:]).decode(errors="replace")
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-    return [line for line in lines if line], written
+            start = content.rfind(b"\n=== ", 0, max(0, content.rfind(b" start in process "))) + 1
+            head = content[start : start + 1000].split(b"\n")[0] + b"\n" if start < tail else b""
+            return (head + content[tail:]).decode(errors="replace")
+    except (FileNotFoundError, ValueError):  # the second: it is empty
+        return ""
 
 
 def status_of(job: Job) -> Status:
-    """From the run's status.json and lock, and from the launcher's log."""
+    """The state of a run by its status.json, its lock and the launcher's log."""
     try:
         return read_status(job)
-    except Unreadable as error:
-        return Status("unreadable", note=str(error))
     except OSError as error:
         return Status("unreadable", note=f"cannot read {error.filename or job.folder}: {error.strerror}")
 
 
 def read_status(job: Job) -> Status:
-    """Raises Unreadable or OSError."""
+    """Raises OSError."""
+    locked = is_locked(job.folder)  # first: a run that ends meanwhile has written its status before it unlocks
     file = job.folder / "status.json"
     status = read_json(file)
-    state = status.get("state")
-    if status and state not in ("running", "stopped", "failed", "finished"):
-        raise Unreadable(f"{file} is damaged: restore it or move it away")
-    lines, log_written = read_log(job.log)
-    step, speed = int(number(status.get("step"))), number(status.get("steps_per_second"))
+    state, step, speed = status.get("state"), status.get("step", 0), status.get("steps_per_second", 0.0)
+    log = read_log(job.log)
     model = job.folder / "model.pt"
     if state == "finished" or (not status and model.is_file() and model.stat().st_size):
         return Status("finished", step or job.steps, speed)
 
-    start = max((i for i, line in enumerate(lines) if START.match(line)), default=-1)
-    pid, host, slurm_id = START.match(lines[start]).groups() if start >= 0 else ("", "", "")
-    ended = [match[1] for line in lines[start + 1 :] if (match := EXIT.match(line))][-1:]
+    start = [None, *START.finditer(log)][-1]
+    pid, host, slurm_id = start.groups() if start else ("", "", "")
+    ended = EXIT.findall(log, start.end() if start else 0)[-1:]
     slurm_state = slurm_states().get(slurm_id, "") if slurm_id else ""
-    locked = is_locked(job.folder)
     may_be_unseen = state == "running" and (locked is None or status.get("host") != os.uname().nodename)
     if (
         locked
-        or (may_be_unseen and abs(time.time() - number(status.get("updated"))) < FRESH_SECONDS)
+        or (may_be_unseen and abs(time.time() - status.get("updated", 0)) < FRESH_SECONDS)
         or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING"))
     ):
         return Status("running", step, speed)
 
-    threads = read_json(job.folder / "config.json").get("threads")
-    of_run = step, speed, "", threads if type(threads) is int and 0 < threads < 10_000 else 0
+    of_run = step, speed, "", read_json(job.folder / "config.json").get("threads") or 0
     if slurm_state == "PENDING":
         return Status("waiting", *of_run)
-    by_hand = status and file.stat().st_mtime > log_written  # later than what the launcher last ran
+    # The run went on after what the launcher last ran.
+    by_hand = status and log and file.stat().st_mtime > os.stat(job.log).st_mtime
     if ended and ended[0] not in STOPPED and not by_hand:
         return Status("failed", *of_run)._replace(note=f"exit code {ended[0]}, see {job.log}")
     if state == "failed":
         return Status("failed", *of_run)
-    return Status("stopped" if status or lines else "waiting", *of_run)
+    return Status("stopped" if status or log else "waiting", *of_run)
 
 
 def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
-    """Until all runs but the failed ones have finished, if as many go on at once as now; None where nobody can tell.
+    """Until all runs but the failed ones have finished, if as many train at once as now; None where it is unknown.
 
     A run's speed is its own, or the mean of its script's runs, or the mean of all.
     """
@@ -334,7 +293,7 @@ def seconds_left(jobs: list[Job], statuses: list[Status]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """2 days 3 h, 3 h 20 min, 20 min, 40 s: no more than two units."""
+    """At most two units: 2 d 3 h, 3 h 20 min, 20 min, 40 s."""
     days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
     if days:
         return f"{days} d {hours} h"
@@ -345,7 +304,7 @@ def duration(seconds: float) -> str:
 
 def print_table(jobs: list[Job]) -> None:
     statuses = [status_of(job) for job in jobs]
-    width = max(len(job.folder.name) for job in jobs)
+    width = max((len(job.folder.name) for job in jobs), default=0)
     for job, status in zip(jobs, statuses, strict=True):
         note = status.note
         if not note and (status.state in ("running", "stopped") or (status.step and status.state != "finished")):
@@ -358,32 +317,23 @@ def print_table(jobs: list[Job]) -> None:
     left = seconds_left(jobs, statuses)
     remaining = ""
     if {"running", "stopped", "waiting"} & set(states):
-        unknown = "no run has told its speed yet" if "running" in states else "no run is going on"
+        unknown = "no run has a speed yet" if "running" in states else "no run is training"
         remaining = f"; time left unknown: {unknown}" if left is None else f"; about {duration(left)} left"
-    print(f"{len(jobs)} runs: {', '.join(counts)}{remaining}")
+    print(f"{len(jobs)} runs: {', '.join(counts)}{remaining}", flush=True)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(__doc__, end="")
-        return
-    plan = arguments[:1] == ["--plan"]
-    names, only = arguments[plan : plan + 1], arguments[plan + 1 :]
-    if not names or (only and not plan) or not all(map(str.isdecimal, only)):
-        fail("expected jobs.txt, or --plan jobs.txt and maybe numbers of its lines; see --help")
-    jobs = read_jobs(*names)
-    if not plan:
+def main(args: Args) -> None:
+    jobs = [job for job in read_jobs(args.jobs) if not args.lines or job.line in args.lines]
+    if not args.plan:
         print_table(jobs)
         return
     for job in jobs:
-        if not only or str(job.line) in only:
-            status = status_of(job)
-            print(job.line, status.state, status.threads or "-", job.log, job.command, job.ram, job.disk, sep="\t")
-            if status.state == "unreadable":
-                print(f"error: line {job.line} is left out: {status.note}", file=sys.stderr)
+        status = status_of(job)
+        fields = job.line, status.state, status.threads or "-", job.log, job.command, job.ram, job.disk
+        print(*fields, sep="\t", flush=True)
+        if status.state == "unreadable":
+            print(f"error: line {job.line} is left out: {status.note}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly behind `| head`
-    main()
+    launch(main, Args)

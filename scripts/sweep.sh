@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Runs a list of jobs on this machine, as many at once as it can hold;
-# again, it resumes what is unfinished:
+# Runs a list of jobs on this machine, as many at once as it can hold.
+# Called again, it resumes what is unfinished:
 #   python scripts/jobs.py > jobs.txt; bash scripts/sweep.sh jobs.txt
 #   python scripts/jobs.py | bash scripts/sweep.sh
-#   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   so many at once on each GPU,
-#                                                     without a GPU in all
-#   bash scripts/sweep.sh --dry-run jobs.txt          what would be run, and where
-#   bash scripts/sweep.sh --status jobs.txt          each run's state, time left
-# Exit code: the number of runs that failed (at most 100), 2 for bad input,
+#   bash scripts/sweep.sh --jobs-per-gpu 3 jobs.txt   3 at once on each GPU, or in all
+#                                                     where there is no GPU
+#   bash scripts/sweep.sh --dry-run jobs.txt          what would run, and how many at once
+#   bash scripts/sweep.sh --status jobs.txt           each run's state, and the time left
+# Exit code: the number of failed runs (at most 100), 2 for bad input,
 # 128 + n when stopped by signal n.
-set -fuo pipefail # -f: CUDA_VISIBLE_DEVICES is never a file pattern
+set -uo pipefail
 
 TRIES=3
-CHECKPOINT_SECONDS=120 # that a stopped run has to write its checkpoint
-RUN_GPU_MEMORY=1500 # MB, an assumption: not measured yet
+CHECKPOINT_SECONDS=120 # for a stopped run to write its checkpoint
+RUN_GPU_MEMORY=1500 # MB, an assumption: never measured
 
 fail() {
     echo "error: $*" >&2
     exit 2
 }
 
-# The next line written to a log is one of its own.
+# Ends an unfinished line, so that what is written to the log next starts a line.
 end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
 
-# run SLOT THREADS LOG COMMAND: one job of the list; its exit code. Slot 0: device and threads are set already, by Slurm.
-# THREADS: those that an unfinished run began with, or -
+# run SLOT THREADS LOG COMMAND: runs one job of the list and returns its exit code. Slot 0: Slurm has set device and
+# threads. THREADS: how many an unfinished run began with, or -
 run() {
     local slot=$1 threads=$2 log=$3 command=$4 name slurm= training= stopped= warned= code start=$SECONDS
     name=$(basename "$log" .log)
@@ -39,9 +39,9 @@ run() {
         echo "$(date +%T) resumed with the $threads CPU threads that it began with, not $OMP_NUM_THREADS: $name"
         export OMP_NUM_THREADS=$threads
     fi
-    # GNU parallel and Slurm end a job by SIGTERM to the training as well: wait for it, a second one would make it
-    # leave without a checkpoint. SIGUSR1, Slurm's word that time is running out, comes to this shell only; what other
-    # systems send may come to the training too, which takes two within a second for one.
+    # GNU parallel and Slurm end a job with a SIGTERM to the training as well: only wait for it, since a second SIGTERM
+    # would make it leave without a checkpoint. SIGUSR1, Slurm's warning that time is running out, reaches this shell
+    # only. What other systems send may reach the training too, which counts two within a second as one.
     trap 'stopped=1' TERM
     trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' HUP USR1 USR2 XCPU
     end_line "$log"
@@ -64,10 +64,10 @@ run() {
     return $code
 }
 
-{ # read to its end before it runs: a sweep of weeks survives that this file changes
+{ # read to its end before it runs: this file may change during a sweep of weeks
 
 unset CDPATH
-[[ -e /dev/fd/0 ]] || exec < /dev/null # closed: the next file opened would become standard input
+[[ -e /dev/fd/0 ]] || exec < /dev/null # it was closed: the next file opened would become standard input
 caller=$PWD
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project" || exit 2
@@ -81,7 +81,7 @@ jobs_file= per_gpu= dry_run= status=
 while (($#)); do
     case $1 in
         --jobs-per-gpu)
-            [[ ${2-} =~ ^[1-9][0-9]{0,3}$ ]] || fail "--jobs-per-gpu takes a number from 1 on"
+            [[ ${2-} =~ ^[1-9][0-9]{0,3}$ ]] || fail "--jobs-per-gpu takes a number from 1 to 9999"
             per_gpu=$2
             shift
             ;;
@@ -100,7 +100,7 @@ while (($#)); do
     shift
 done
 python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
-    fail "there is no python on the PATH, or one older than 3.11; bash scripts/quickstart.sh makes .venv"
+    fail "no Python from 3.11 on in the PATH; bash scripts/quickstart.sh makes .venv"
 [[ -n $jobs_file || ! -t 0 ]] || fail "name a job list: python scripts/jobs.py > jobs.txt; bash scripts/sweep.sh jobs.txt"
 case ${jobs_file:=-} in
     - | /*) ;;
@@ -118,7 +118,7 @@ in_state() { printf '%s\n' "$plan" | grep -P "^\d+\t($1)\t"; }
 count() { in_state "$1" | wc -l; }
 TODO='waiting|stopped|failed'
 todo=$(in_state "$TODO")
-# MB that the most demanding run needs.
+# MB of the most demanding run.
 read -r RUN_RAM RUN_DISK < <(printf '%s\n' "${todo:-$plan}" |
     awk -F '\t' '$6 > ram {ram = $6} $7 > disk {disk = $7} END {print ram + 0, disk + 0}')
 first_log=$(printf '%s\n' "$plan" | awk -F '\t' 'NR == 1 {print $4}')
@@ -128,7 +128,7 @@ runs_dir=$(dirname "$(dirname "$first_log")")
 
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     gpus=(${CUDA_VISIBLE_DEVICES//,/ })
-    [[ ${gpus[0]-} != -1 ]] || gpus=() # CUDA's word for none
+    [[ ${gpus[0]-} != -1 ]] || gpus=() # -1: no GPU, as CUDA reads it
 else
     gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*'))
 fi
@@ -180,7 +180,7 @@ export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
 bar=()
 [[ ! -t 2 ]] || bar=(--bar)
 
-# In a process group of its own, so that Ctrl-C is passed on once, by this shell.
+# In its own process group, so that Ctrl-C is passed on once, by this shell.
 set -m
 parallel --plain --will-cite --ungroup "${bar[@]}" --jobs "$slots" --retries "$TRIES" \
     --joblog "$runs_dir/.sweep/joblog-$(date +%Y%m%d-%H%M%S).tsv" --termseq "TERM,${CHECKPOINT_SECONDS}000,KILL,25" \
@@ -189,7 +189,7 @@ parallel=$!
 signum=
 stop() {
     if [[ -z $signum ]]; then
-        echo "stopping: the runs are writing their checkpoints; once more, and they leave without" >&2
+        echo "stopping: the runs are writing their checkpoints; a second signal ends them without" >&2
         signum=$1 stopped_at=$SECONDS
         kill -INT "$parallel"
     elif (($1 == 2 || $1 == 15)) && ((SECONDS - stopped_at > 1)); then # `timeout` and others send one signal twice
@@ -199,14 +199,14 @@ stop() {
 for name in HUP INT TERM USR1 USR2 XCPU; do trap "stop $(kill -l $name)" "$name"; done
 while kill -0 "$parallel" 2> /dev/null; do wait "$parallel" 2> /dev/null; done
 
-# -- what came of it
+# -- what has become of them
 
 plan=$(printf '%s\n' "$plan" | cut -f 5 | python scripts/status.py --plan -) || {
-    echo "error: cannot tell what came of the runs; mend that, then see --status" >&2
+    echo "error: cannot tell what has become of the runs; fix this, then see --status" >&2
     exit 1
 }
 failed=$(count "$TODO|unreadable")
-(($(count running) == 0)) || echo "$(count running) runs are being trained by other processes: see --status"
+(($(count running) == 0)) || echo "other processes are training $(count running) of the runs: see --status"
 if [[ -n $signum ]]; then
     echo "stopped with $failed of $(count '\w+') runs unfinished; the same command resumes them"
     exit $((128 + signum))

@@ -14,13 +14,21 @@ from conftest import ROOT
 # A training script as the launchers see one: flags, run folder, status.json. What it does is --activation.
 STANDIN = """
 import argparse, dataclasses, fcntl, json, os, pathlib, signal, sys, time
-from lan_utils.study import RunName, run_name
+from lan_utils.study import run_name
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "BreakoutNoFrameskip-v4"
+    activation: str = "tanh-lan"
+    seed: int = 1
+    exp_name: str = "standin"
+    total_timesteps: int = 100
+    runs_dir: str = "runs"
+    seconds: float = 0.0
 
 parser = argparse.ArgumentParser()
-for field in dataclasses.fields(RunName):
-    default = "standin" if field.name == "exp_name" else field.default
-    parser.add_argument("--" + field.name.replace("_", "-"), default=default)
-parser.add_argument("--seconds", type=float, default=0)
+for field in dataclasses.fields(Args):
+    parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
 args = parser.parse_args()
 folder = pathlib.Path(args.runs_dir) / run_name(args)
 folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +80,7 @@ def project(tmp_path):
     folder = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "lan_utils").mkdir()
-    for name in ("__init__.py", "machine.py", "study.py"):
+    for name in ("__init__.py", "cli.py", "files.py", "flags.py", "machine.py", "study.py"):
         shutil.copy(ROOT / "lan_utils" / name, folder / "lan_utils")
     (folder / "standin.py").write_text(STANDIN)
     return folder

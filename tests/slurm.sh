@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm of this one machine for the tests, as root, on the loopback address, with all its files in DIR:
+# A Slurm on this machine alone, for the tests: started as root, on the loopback address, all its files in DIR:
 #   bash tests/slurm.sh start DIR PORT      uses PORT and PORT + 1; then export SLURM_CONF=DIR/slurm.conf
 #   bash tests/slurm.sh stop DIR
 set -euo pipefail

@@ -1,5 +1,6 @@
 """scripts/jobs.py: the study as a list of commands."""
 
+import importlib
 import os
 import re
 import shlex
@@ -56,7 +57,7 @@ def test_the_whole_study_seed_1_first():
     assert {game for _, game, _, _ in runs} == GAMES
     for algorithm in ("dqn", "ppo"):
         in_script = (ROOT / f"{algorithm}_atari_lan.py").read_text()
-        table = set(re.findall(r'^    "([\w-]+)": Layer\(', in_script, re.MULTILINE))
+        table = set(re.findall(r'^    "([\w-]+)": Recipe\(', in_script, re.MULTILINE))
         assert {activation for name, _, activation, _ in runs if name == algorithm} == table
     comparison = runs[:11]
     assert len({activation for _, _, activation, _ in comparison}) == 11
@@ -99,20 +100,19 @@ def test_filters_and_flags_that_are_passed_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--games Pnog", "--games Pnog: there is no 'Pnog'; it takes some of BeamRider,Breakout,"),
-        ("--games *", "--games *: there is no '*'"),
-        ("--games Pong,", "--games Pong,: it has an empty item; it takes some of"),
-        ("--algorithms a2c", "takes some of dqn,ppo"),
-        ("--activations relu,gelu", "--activations relu,gelu: there is no 'gelu'; it takes some of relu,tanh,"),
-        ("--seeds one", "--seeds one: it takes whole numbers"),
-        ("--seeds 1,,2", "it takes whole numbers"),
-        ("--figure 2", "--figure 2: there is no such one; it takes one of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17"),
+        ("--games Pnog", "--games Pnog: unknown 'Pnog'; choose from BeamRider,Breakout,"),
+        ("--games *", "--games *: unknown '*'"),
+        ("--games Pong,", "--games Pong,: empty item; choose from"),
+        ("--games Pong Breakout", "unexpected 'Breakout': lists are comma-separated, flags of the runs follow --"),
+        ("--algorithms a2c", "choose from dqn,ppo"),
+        ("--activations relu,gelu", "--activations relu,gelu: unknown 'gelu'; choose from relu,tanh,"),
+        ("--seeds one", "--seeds one: expected whole numbers"),
+        ("--seeds 1,,2", "expected whole numbers"),
+        ("--figure 2", "--figure 2: unknown figure; choose one of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17"),
         ("--figure 8 --algorithms dqn", "--figure 8 needs none of these runs, only ppo"),
-        ("--runs-dir", "argument --runs-dir: expected one argument"),
-        ("--seed 1", "unrecognized arguments: --seed 1"),
         ("-- --seed 4", "--seed is set by each line; choose with --games, --activations and --seeds"),
         ("-- --env_id=x", "--env_id=x is set by each line"),
-        ("-- --exp-name a\nb", "holds an unprintable character"),
+        ("-- --exp-name a\nb", "contains an unprintable character"),
     ],
 )
 def test_what_jobs_refuses(arguments, message):
@@ -123,17 +123,33 @@ def test_what_jobs_refuses(arguments, message):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_folder_whose_name_begins_with_a_dash():
-    """Would catch: a name that the training script takes for a flag."""
-    assert jobs("--runs-dir=-x", "--figure", "10")[0].endswith(" --seed 1 --runs-dir=-x")
+@pytest.mark.parametrize("arguments", ["--runs-dir", "--seed 1"])
+def test_flags_that_are_none_of_its_own(arguments):
+    """Would catch: a flag of the runs without `--` that is dropped, so that they train with its default."""
+    done = run_jobs(*arguments.split(" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert arguments.split(" ")[0] in done.stderr
 
 
-@pytest.mark.parametrize("columns", [1, 7, 80, 120])
-def test_help_on_any_terminal(columns):
-    """Would catch: a traceback on a narrow terminal, lines that a wide one breaks."""
-    done = run_jobs("--help", COLUMNS=columns)
+def test_what_is_no_part_of_the_paper_is_listed_on_demand_only(monkeypatch):
+    """One entry in study.py each. Would catch: a whole study that grows with a control, or with a third algorithm."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("jobs")
+    monkeypatch.setattr(module, "ALGORITHMS", (*module.ALGORITHMS, "third"))
+    monkeypatch.setattr(module, "ACTIVATIONS", module.ACTIVATIONS | {"control": None})
+    assert module.job_lines(module.Args()) == jobs()
+    only = module.Args(algorithms="third", activations="control", games="Pong", seeds="2")
+    line = "python third_atari_lan.py --env-id PongNoFrameskip-v4 --activation control --seed 2"
+    assert module.job_lines(only) == [line]
+    assert len(module.job_lines(module.Args(algorithms="third"))) == 8 * 11 * 5
+
+
+def test_help_names_what_the_lists_take():
+    """Would catch: names that a reader must look up in the source."""
+    done = run_jobs("--help", COLUMNS=200)
     assert (done.returncode, done.stderr) == (0, "")
-    assert columns < 80 or max(map(len, done.stdout.splitlines())) <= columns
+    for names in (("dqn", "ppo"), sorted(GAMES), FIGURES):
+        assert ", ".join(names) in done.stdout
 
 
 def test_it_starts_at_once():

@@ -77,7 +77,7 @@ def test_a_sweep_inside_a_slurm_job_and_from_a_shell_with_cdpath(project):
 
 
 @needs_parallel
-def test_a_sweep_that_cannot_tell_what_came_of_its_runs_does_not_say_that_all_went_well(project):
+def test_a_sweep_that_cannot_tell_what_became_of_its_runs_does_not_report_success(project):
     """A script that is gone at the end, as after a checkout. Would catch: exit code 0 after failed runs."""
     (project / "gone.py").write_text(
         STANDIN.replace("import argparse", "__file__ and __import__('os').remove(__file__)\nimport argparse", 1)
@@ -85,7 +85,7 @@ def test_a_sweep_that_cannot_tell_what_came_of_its_runs_does_not_say_that_all_we
     done = sweep(project, job_list(project, "python gone.py --activation crash"))
     assert done.returncode == 1
     assert "there is no gone.py" in done.stderr
-    assert "cannot tell what came of the runs" in done.stderr
+    assert "cannot tell what has become of the runs" in done.stderr
     assert ", 0 failed" not in done.stdout  # with the comma: a clock may say 20:01:50 failed
 
 
@@ -115,40 +115,20 @@ def test_a_closed_standard_input(project):
     for arguments, code in (("", 2), (f"--dry-run {file.name}", 0)):
         done = bash("-c", f"exec bash scripts/sweep.sh {arguments} <&-", cwd=project)
         assert done.returncode == code, done.stderr
-        assert done.stderr == ("error: the job list on standard input holds no job\n" if code else "")
-
-
-def test_gpus_are_no_file_pattern(project):
-    """Would catch: CUDA_VISIBLE_DEVICES='*' taken for the files of the project's folder."""
-    file = job_list(project, "python standin.py")
-    done = sweep(project, "--dry-run", "--jobs-per-gpu", 1, file, env=environment(CUDA_VISIBLE_DEVICES="*"))
-    assert done.stdout.splitlines()[1].startswith("1 at once, 1 on each of the GPUs *, ")
+        assert done.stderr == ("error: the job list on standard input contains no job\n" if code else "")
 
 
 @needs_parallel
-def test_a_log_that_is_a_link_is_not_written_through(project):
-    """That job is refused with one line, the other one runs. Would catch: a launcher's line in somebody's file."""
-    logs = project / "runs" / ".sweep"
-    logs.mkdir(parents=True)
-    (project / "precious").write_text("mine\n")
-    (logs / f"{GAME}__standin__tanh-lan__1.log").symlink_to(project / "precious")
+def test_an_unreadable_run_is_left_out_and_counted(project):
+    """The other one runs. Would catch: exit code 0 of a sweep with a run that it could not even look at."""
+    (project / "runs" / f"{GAME}__standin__tanh-lan__1" / ".lock").mkdir(parents=True)
     done = sweep(project, job_list(project, "python standin.py", "python standin.py --seed 2"))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: line 1 is left out: cannot read runs/.sweep/")
+    assert done.stderr.startswith("error: line 1 is left out: cannot read runs/")
     assert done.stdout.splitlines()[-1] == "1 of 2 runs have finished, 1 failed"
-    assert (project / "precious").read_text() == "mine\n"
     assert [run for run, *_ in notes(project, "begin")] == [f"{GAME}__standin__tanh-lan__2"]
     alone = sweep(project, project / "jobs.txt")
     assert alone.returncode == 1  # nothing left to run, and not all is well
-
-
-@needs_parallel
-def test_a_folder_whose_name_begins_with_a_dash(project):
-    """Would catch: a name taken for a flag of dirname, mkdir, tail or basename."""
-    done = sweep(project, job_list(project, "python standin.py --runs-dir=-x", "python standin.py --activation crash"))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "invalid option" not in done.stdout + done.stderr
-    assert (project / "-x" / f"{GAME}__standin__tanh-lan__1" / "model.pt").exists()
 
 
 @needs_parallel
@@ -234,7 +214,7 @@ def test_a_task_leaves_a_run_alone_that_another_process_trains(project, tmp_path
     assert errors == ""
     assert process.returncode == 0
     assert "task 7_1: another process is training it: python standin.py\n" in told
-    assert "the list goes on behind line 1, where the array ends" in told
+    assert "the list goes on after line 1, where the array ends" in told
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
@@ -297,7 +277,9 @@ def test_the_default_number_follows_from_the_scarcest(project, tmp_path):
 def test_memory_and_disk_are_those_of_the_games_and_the_replay_memory(project):
     """Would catch: a sweep of Up'n Down that is killed for memory when its replay memories are full; room for a million
     transitions kept free for a thousand; what is finished counted."""
-    (project / "copy_of_dqn.py").write_text(STANDIN + "# imports ReplayMemory\n")
+    flags = "total_timesteps: int = 10_000_000\n    buffer_size: int = 1_000_000\n    batch_size: int = 32"
+    copy = STANDIN.replace("total_timesteps: int = 100", flags).replace('"standin"', '"copy"')
+    (project / "copy_of_dqn.py").write_text(copy)
     large = "python copy_of_dqn.py --env-id UpNDownNoFrameskip-v4"
     small = "python copy_of_dqn.py --buffer-size=100000 --batch-size 64"
     short = "python copy_of_dqn.py --total-timesteps 1000 --seed 2"
@@ -310,7 +292,7 @@ def test_memory_and_disk_are_those_of_the_games_and_the_replay_memory(project):
     assert needs(short) == ("0.8", "0.3")
     assert needs(small, large, short) == ("3.4", "2.9")  # 1.2 * 2,181 bytes a transition
     assert needs(small, "python standin.py") == ("2.5", "1.5")
-    folder = project / "runs" / "UpNDownNoFrameskip-v4__copy_of_dqn__tanh-lan__1"
+    folder = project / "runs" / "UpNDownNoFrameskip-v4__copy__tanh-lan__1"
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("weights")
     assert needs(small, large) == ("0.9", "0.4")
