@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import read_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import gaussian_kde
-from torch.utils.tensorboard import SummaryWriter
 
 import metrics
+from lan_utils.run import measure_representation
 
 JITTER = math.sqrt(1e-5)
 
@@ -227,6 +226,9 @@ def test_scaled_and_centred_by_hand():
         metrics.effective_rank,
         metrics.effective_rank_centred,
         metrics.dormant_neurons,
+        metrics.stable_rank,
+        metrics.pca_rank,
+        metrics.zero_neurons,
     ],
 )
 def test_bad_activations_are_refused(function):
@@ -249,20 +251,45 @@ def test_finite_values_whose_range_is_not_are_refused(function):
             function(activations)
 
 
-def test_what_is_logged_depends_on_seed_and_step_alone(tmp_path):
-    """Would catch: jitter from the training's generator, a histogram of other neurons, values logged that are not
-    returned."""
+def test_what_is_logged_depends_on_seed_and_step_alone():
+    """Would catch: jitter from the training's generator, another threshold for z than for the histogram."""
     sample = {"z": torch.randn(600, 8) * 0.02, "z_enc": torch.randn(600, 8)}
     before = torch.get_rng_state()
-    values = metrics.log_representation(None, sample, 20.0, (1, 1000), 1000)
-    writer = SummaryWriter(str(tmp_path))
-    assert metrics.log_representation(writer, sample, 20.0, (1, 1000), 1000) == values
+    values, peaks = measure_representation(sample, 20.0, (1, 1000))
+    again, same_peaks = measure_representation(sample, 20.0, (1, 1000))
+    assert again == values
+    assert torch.equal(peaks, same_peaks)
+    assert not torch.equal(measure_representation(sample, 20.0, (1, 2000))[1], peaks)
     assert torch.equal(torch.get_rng_state(), before)
-    writer.close()
-    events = read_events(tmp_path)
-    histogram = events.pop("representation/kde_peak")
-    assert {tag.removeprefix("representation/"): value for tag, [(_, value)] in events.items()} == pytest.approx(values)
-    assert all(step == 1000 for points in events.values() for step, _ in points)
-    ((step, buckets),) = histogram
-    assert (step, sum(buckets)) == (1000, 8)
-    assert metrics.log_representation(None, sample, 1e-3, (1, 1000), 1000)["dead_neurons"] == 1  # the threshold
+    assert values["dead_neurons"] == float((peaks >= 20).float().mean())
+    assert values["dead_neurons_z_enc"] == 0
+    assert measure_representation(sample, 1e-3, (1, 1000))[0]["dead_neurons"] == 1  # the threshold
+
+
+@given(st.integers(0, 2**31), st.integers(2, 30), st.integers(1, 30), st.floats(-5, 5))
+@settings(max_examples=50, deadline=None)
+def test_stable_and_pca_rank_are_numpys(seed, n, w, place):
+    """Would catch: norms instead of their squares, a PCA of features that are not centred, an off-by-one."""
+    features = np.random.default_rng(seed).normal(size=(n, w)) + place
+    expected = np.linalg.norm(features) ** 2 / np.linalg.norm(features, 2) ** 2
+    assert metrics.stable_rank(torch.tensor(features)) == pytest.approx(expected, rel=1e-6)
+    variances = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
+    share = variances.cumsum() / variances.sum()
+    assert metrics.pca_rank(torch.tensor(features)) == int(np.argmax(share >= 0.99 - 1e-9)) + 1
+
+
+def test_stable_and_pca_rank_by_hand():
+    """Singular values 3 and 1: (9 + 1) / 9. Variances of 3^2 and 1 hold shares of 0.9 and 0.1."""
+    features = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) / math.sqrt(2)
+    assert metrics.stable_rank(features) == pytest.approx(10 / 9)
+    assert [metrics.pca_rank(features, share) for share in (0.5, 0.9, 0.91)] == [1, 1, 2]
+    assert metrics.pca_rank(features + 100) == 2  # where they lie does not count
+    assert metrics.stable_rank(torch.zeros(5, 3)) == 0
+    assert metrics.pca_rank(torch.full((5, 3), 7.0)) == 0
+    assert metrics.stable_rank(torch.full((5, 3), 7.0)) == pytest.approx(1)
+
+
+def test_zero_neurons_by_hand():
+    """Would catch: a sum that cancels, a constant that is not 0, a tiny value taken for 0."""
+    activations = torch.tensor([[0.0, 1.0, 2.0, 1e-30], [0.0, -1.0, 2.0, 0.0]])
+    assert metrics.zero_neurons(activations).tolist() == [True, False, False, False]
