@@ -227,10 +227,10 @@ def stable_rank(features: Tensor) -> float:
 
 
 def pca_rank(features: Tensor, share: float = 0.99) -> int:
-    """Smallest number of principal components that explain this share of the variance (Yang et al. 2020, Section 2).
+    """Smallest number of principal components that explain this share of the variance.
 
     Squares of singular values, and the features are centred: otherwise they would not be variances. The code of
-    Moalla et al. (2024) calls the same sum over features that are *not* centred `approximate_rank_pca`.
+    Moalla et al. (2024), which cites Yang et al. (2020) for it, does not centre them.
 
     Args:
         features: as for `effective_rank`.
