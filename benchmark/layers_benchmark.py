@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics
-from lan_utils.run import CHUNK, measure_network, measure_representation
+from lan_utils.run import CHUNK, measure_network, measure_representation, set_up
 
 N = 2048
 WAYS = ("z alone", "every layer")
@@ -35,9 +35,8 @@ def measure(network: torch.nn.Module, observations: torch.Tensor, way: str) -> N
 
 def prepared(algorithm: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """A network with gradients, and observations."""
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
     module = __import__(f"{algorithm}_atari_lan")
+    set_up(module.Args(num_threads=1))
     network = module.Network(4, "tanh-lan").to(memory_format=torch.channels_last)
     observations = torch.randint(0, 256, (N, 4, 84, 84), dtype=torch.uint8)
     output = network(observations[:32])

@@ -35,7 +35,7 @@ from lan_utils.flags import RunArgs
 from lan_utils.folder import HasFinished, RunFolder, describe
 
 LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
-CHUNK = 256  # observations that are measured at a time: more would only need more memory
+CHUNK = 64  # observations that are measured at a time: more would not be faster, and need more memory
 STATUS_SECONDS = 5  # at least, between two writings of status.json
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
