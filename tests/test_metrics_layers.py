@@ -144,8 +144,8 @@ def test_chunks_equal_one_pass_and_numpy(data):
 
 
 def test_a_constant_unit_is_constant_at_any_height():
-    """Would catch: the rounding of a mean of 2048 times 1e6, taken for a deviation."""
-    x = torch.tensor([1234567.0, 0.1]).repeat(2048, 1)
+    """Would catch: the rounding of a mean of large equal values, taken for a deviation."""
+    x = (1e6 * torch.rand(50, generator=torch.Generator().manual_seed(0))).repeat(2048, 1)
     for chunk in (None, 256, 300):
         assert metrics.layer_metrics(Columns(), {"h": "layer"}, x, chunk)["h"]["constant"] == 1
 
