@@ -1,14 +1,22 @@
-"""What the neurons of a representation do: dead neurons and ranks of an activation matrix.
+"""What the neurons of a network do: dead neurons and ranks, of its representation and of every layer.
 
-Pure functions. Activations arrive as a float tensor (n, w): n observations, w neurons, on any device. This file needs
-torch and nothing else: copy it into any project.
+This file needs torch and nothing else: copy it into any project. Three lines measure somebody else's agent:
 
+    import metrics
+    layers = metrics.layer_metrics(q_network, {"conv3": "network.5", "z": "network.8"}, observations)
+    z = metrics.record(q_network, {"z": "network.8"}, observations)["z"]  # for `representation_metrics(z)`
+
+Names are those of `q_network.named_modules()`. docs/metrics.md compares the definitions.
+
+All else are pure functions. Activations arrive as a float tensor (n, w): n observations, w neurons, on any device.
 "dead" always means: the neuron outputs (almost) the same value whatever the observation.
 """
 
+import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, ClassVar
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +214,41 @@ def entropy_rank(features: Tensor) -> float:
     return _entropy_rank(_singular_values(features))
 
 
+def stable_rank(features: Tensor) -> float:
+    """Squared Frobenius norm / squared spectral norm (Rudelson & Vershynin 2005; Ipsen & Saibaba, arXiv 2407.21594).
+
+    Args: as `effective_rank`.
+
+    Returns:
+        0 (all zeros) or 1 to min(n, w).
+
+    Raises:
+        ValueError: as `effective_rank`.
+    """
+    squares = _singular_values(features).square()
+    return float(squares.sum() / squares[0]) if squares[0] > 0 else 0.0
+
+
+def pca_rank(features: Tensor, share: float = 0.99) -> int:
+    """Smallest number of principal components that explain this share of the variance.
+
+    Squares of singular values, and the features are centred: otherwise they would not be variances. The code of
+    Moalla et al. (2024), which cites Yang et al. (2020) for it, does not centre them.
+
+    Args:
+        features: as for `effective_rank`.
+        share: in (0, 1).
+
+    Returns:
+        0 (every neuron is constant) to min(n - 1, w).
+
+    Raises:
+        ValueError: as `effective_rank`.
+    """
+    _check(features)
+    return _effective_rank(_singular_values(_centred(features)).square(), 1 - share)
+
+
 def _singular_values(features: Tensor) -> Tensor:
     """(n, w) -> (min(n, w),) float64, descending."""
     _check(features)
@@ -247,6 +290,22 @@ def dormant_neurons(activations: Tensor, tau: float = 0.025) -> Tensor:
     _check(activations)
     score = activations.abs().mean(dim=0)
     return score <= tau * score.mean()
+
+
+def zero_neurons(activations: Tensor) -> Tensor:
+    """Which neurons are exactly 0 on the whole sample: what a dead ReLU is (Moalla et al. 2024, in their code).
+
+    Args:
+        activations: (n, w), finite.
+
+    Returns:
+        (w,) bool.
+
+    Raises:
+        ValueError: wrong shape or values that are not finite.
+    """
+    _check(activations)
+    return (activations == 0).all(dim=0)
 
 
 def representation_metrics(
@@ -295,14 +354,21 @@ def representation_metrics(
 
 # ------------------------------------------------------------------------------------- layers of a network
 
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
+BOUNDS = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
+
 
 def record(
     network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None = None
 ) -> dict[str, Tensor]:
     """The outputs of some modules while `network(observations)` runs: in evaluation mode, without gradients.
 
+    The network is left as it was, after an error too: training mode, gradients, no hook. Where it is compiled, or
+    wrapped for several devices, the module inside is what runs.
+
     Args:
-        network: any module. Its training mode is as before afterwards, and no hook is left behind.
+        network: any module.
         modules: by the name under which its output is returned: a module of the network, or its dotted name.
         observations: what the network takes, passed on as it is.
         chunk: of a tensor of observations, so many at a time, which takes less memory.
@@ -312,13 +378,12 @@ def record(
 
     Raises:
         ValueError: a module that the network does not have, does not call, or calls more than once; an output that is
-            no tensor. A recurrent layer's output is its sequence.
+            no tensor (of a recurrent or attention module, its first output counts: the sequence); a chunk of what is
+            no tensor.
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in modules}
-    for outputs in _outputs(network, modules, observations, chunk):
-        for name, output in outputs.items():
-            pieces[name].append(output)
-    return {name: torch.cat(found) for name, found in pieces.items()}
+    _watch(network, modules, observations, chunk, lambda name, output: pieces[name].append(output.clone()))
+    return {name: torch.cat(outputs) for name, outputs in pieces.items()}
 
 
 def layer_metrics(
@@ -337,13 +402,10 @@ def layer_metrics(
         zero: exactly 0 on every observation, at every position.
         dormant: mean |h| at most 0.025 of the layer's mean (Sokar et al. 2023), over a channel's positions too.
         saturated: fraction of the values within 0.01 of a bound of tanh or sigmoid, where the module ends with one.
-        weight_norm, grad_norm: L2, of the weights of all linear and convolutional layers in the module and of their
-            gradients in the latest update; only where there are any.
-        no_gradient: units whose incoming weights' gradient has an L2 norm of at most 0.025 of the layer's mean. (GraMa,
-            Liu et al. 2025, takes the gradient with respect to the activation.)
+        and, where the module has any, the values of `gradient_metrics`.
 
     Raises:
-        ValueError: as `record`; an output that is no matrix, no feature map (2-d or 3-d) and no sequence.
+        ValueError: as `record`; an output whose units cannot be told; one observation alone; NaN or infinite outputs.
     """
     return record_and_measure(network, modules, observations, chunk, keep=())[1]
 
@@ -359,82 +421,123 @@ def record_and_measure(
     found = _find(network, modules)
     kept: dict[str, list[Tensor]] = {name: [] for name in found if name in keep}
     units = {name: _Units(name, module) for name, module in found.items()}
-    for outputs in _outputs(network, modules, observations, chunk):
-        for name, output in outputs.items():
-            units[name].add(output)
-            if name in kept:
-                kept[name].append(output)
+
+    def see(name: str, output: Tensor) -> None:
+        units[name].add(output)
+        if name in kept:
+            kept[name].append(output.clone())
+
+    _watch(network, found, observations, chunk, see)
     measured = {name: units[name].metrics() | gradient_metrics(module) for name, module in found.items()}
     return {name: torch.cat(pieces) for name, pieces in kept.items()}, measured
 
 
 def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
-    """weight_norm, grad_norm and no_gradient of `layer_metrics`; {} without weights, the first alone without gradients.
+    """Weights of all linear and convolutional layers of a module, and their gradients in the latest update.
 
-    Where a unit has incoming weights in several parallel layers, all of them count.
+    Returns:
+        {} without such layers; without gradients, weight_norm alone.
+        weight_norm, grad_norm: L2.
+        no_gradient: fraction of the module's output units whose incoming weights' gradient has an L2 norm of at most
+            tau of the layer's mean. Of an `nn.Sequential` the last layer counts; layers in any other module are taken
+            to be parallel, and all count: name a residual block's layers one by one. Missing where their widths
+            differ. (GraMa, Liu et al. 2025, takes the gradient with respect to the activation.)
     """
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    weights = [layer.weight for layer in module.modules() if isinstance(layer, kinds)]
+    weights = list({layer.weight: None for layer in module.modules() if _has_weights(layer)})
     if not weights:
         return {}
     values = {"weight_norm": _norm(weights)}
-    gradients = [weight.grad for weight in weights]
-    if any(gradient is None for gradient in gradients):
+    if any(weight.grad is None for weight in weights):
         return values
-    values["grad_norm"] = _norm(gradients)
-    if len({len(gradient) for gradient in gradients}) == 1:  # layers one after the other have other units
-        squares = [gradient.flatten(1).float().square().sum(dim=1) for gradient in gradients]
+    values["grad_norm"] = _norm([weight.grad for weight in weights])
+    incoming = [layer.weight.grad for layer in _last_layers(module)]
+    if len({len(gradient) for gradient in incoming}) == 1:
+        squares = [gradient.flatten(1).float().square().sum(dim=1) for gradient in incoming]
         of_units = torch.stack(squares).sum(dim=0).sqrt()
         values["no_gradient"] = float((of_units <= tau * of_units.mean()).float().mean())
     return values
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS))
+
+
+def _last_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs a module's units are made of."""
+    if _has_weights(module):
+        return [module]
+    layers = [_last_layers(child) for child in module.children()]
+    if isinstance(module, nn.Sequential):
+        layers = [found for found in layers if found][-1:]
+    return [layer for found in layers for layer in found]
 
 
 def _norm(tensors: list[Tensor]) -> float:
     return float(torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm())
 
 
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` return."""
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module
+        elif isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+            network = inner
+        else:
+            return network
+
+
 def _find(network: nn.Module, modules: Mapping[str, nn.Module | str]) -> dict[str, nn.Module]:
-    own = dict(network.named_modules())
+    network = _unwrapped(network)
+    own = dict(network.named_modules(remove_duplicate=False))  # a shared module goes by each of its names
+    names = ", ".join(filter(None, own))
     found = {name: own.get(module) if isinstance(module, str) else module for name, module in modules.items()}
     for name, module in found.items():
         if not any(module is each for each in own.values()):
-            raise ValueError(f"{name}: {modules[name]!r} is no module of the network; it has {', '.join(own)}")
+            raise ValueError(f"{name}: {modules[name]!r} is no module of the network; it has {names}")
     return found
 
 
-@torch.no_grad()
-def _outputs(
-    network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None
-) -> Iterator[dict[str, Tensor]]:
-    """What `record` says, a chunk at a time."""
-    found = _find(network, modules)
-    outputs: dict[str, Tensor] = {}
+def _watch(
+    network: nn.Module,
+    modules: Mapping[str, nn.Module | str],
+    observations: Any,
+    chunk: int | None,
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """Call `see(name, output)` as soon as a module has returned: a later layer may work in place."""
+    network, found = _unwrapped(network), _find(network, modules)
+    if chunk and not isinstance(observations, Tensor):
+        raise ValueError(f"chunk splits a tensor, not {type(observations).__name__}; leave it out")
+    called: set[str] = set()
 
-    def keep(name: str, output: Any) -> None:
-        if isinstance(output, tuple) and output and isinstance(found[name], nn.RNNBase):
-            output = output[0]  # its sequence; then come its last states
+    def hook(name: str, output: Any) -> None:
+        if isinstance(output, tuple) and isinstance(found[name], (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+            output = output[0]  # then come its last states, or the attention
         if not isinstance(output, Tensor):
             raise ValueError(f"{name} returns {type(output).__name__}, not a tensor: name the module that makes it")
-        if name in outputs:
+        if name in called:
             raise ValueError(f"{name} was called more than once in one pass: name a module that is called once")
-        outputs[name] = output.detach().float()
+        called.add(name)
+        see(name, output.detach().float())
 
     modes = {module: module.training for module in network.modules()}
     hooks = []
+    # A compiled graph would not call the hooks. Importing dynamo takes seconds, and without it nothing is compiled.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         for name, module in found.items():
-            hooks.append(module.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output)))
+            hooks.append(module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, output)))
         network.eval()
-        for piece in observations.split(chunk) if chunk else (observations,):
-            outputs.clear()
-            network(piece)
-            for name in found:
-                if name not in outputs:
-                    raise ValueError(f"{name} was not called by network(observations)")
-            yield dict(outputs)
+        with torch.no_grad(), eager:
+            for piece in observations.split(chunk) if chunk else (observations,):
+                called.clear()
+                network(piece)
+                if missing := found.keys() - called:
+                    raise ValueError(f"{', '.join(sorted(missing))} was not called by network(observations)")
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
         for module, mode in modes.items():
             module.training = mode
 
@@ -442,48 +545,67 @@ def _outputs(
 class _Units:
     """What the units of a layer have done so far: a few numbers for each of their positions, (positions, units)."""
 
-    BOUNDS: ClassVar = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
-
     def __init__(self, name: str, module: nn.Module):
         self.name = name
-        kinds = [type(each) for each in module.modules()]
-        self.has_units_last = any(issubclass(kind, (nn.Linear, nn.RNNBase)) for kind in kinds)
-        self.has_length = nn.Conv1d in kinds
+        layers = list(module.modules())
+        self.is_dense = any(isinstance(layer, (nn.Linear, nn.RNNBase, nn.Embedding)) for layer in layers)
+        convolutions = CONVOLUTIONS | TRANSPOSED
+        self.map_dims = {2 + dims for kind, dims in convolutions.items() for each in layers if isinstance(each, kind)}
         # A product of two tanhs is no tanh.
-        self.bounds = self.BOUNDS.get(kinds[-1]) if sum(kind in self.BOUNDS for kind in kinds) == 1 else None
-        self.n, self.near_bounds = 0, 0.0
+        bounded = [layer for layer in layers if type(layer) in BOUNDS]
+        self.bounds = BOUNDS[type(layers[-1])] if bounded == layers[-1:] else None
+        self.n, self.near_bounds = 0, 0
+
+    def _units_first(self, output: Tensor) -> Tensor:
+        """-> (n, units) or (n, units, ...); a sequence's steps count as observations.
+
+        Raises:
+            ValueError: the units cannot be told.
+        """
+        shape = tuple(output.shape)
+        if 0 in shape or not 2 <= output.ndim <= 5:
+            raise ValueError(f"{self.name}: an output of shape {shape} has no units that can be counted")
+        is_map = output.ndim in self.map_dims
+        if output.ndim == 2 or (is_map and not self.is_dense) or (output.ndim > 3 and (is_map or not self.is_dense)):
+            return output
+        if self.is_dense and not is_map:
+            return output.flatten(0, -2)
+        raise ValueError(
+            f"{self.name}: {shape} may be (n, time, units) or (n, channels, length): name a module that holds its "
+            "linear, recurrent or 1-d convolutional layer, and not both kinds"
+        )
 
     def add(self, output: Tensor) -> None:
         """Add the outputs of a chunk, observations along the first axis."""
-        if output.ndim == 3 and self.has_units_last:
-            output = output.flatten(0, 1)  # a sequence: each of its steps counts as an observation
-        elif output.ndim == 3 and not self.has_length:
-            raise ValueError(
-                f"{self.name}: {tuple(output.shape)} may be (n, time, units) or (n, channels, length); name a module "
-                "that holds the layer too"
-            )
-        if not 2 <= output.ndim <= 5 or 0 in output.shape:
-            raise ValueError(f"{self.name}: an output of shape {tuple(output.shape)} has no units that can be counted")
+        output = self._units_first(output)
         n, units, total = len(output), output.shape[1], self.n + len(output)
         values = output.movedim(1, -1).reshape(n, -1)  # no copy where memory has channels last; sums of rows are fast
-        # Chan et al. (1979): the means and sums of squares of two samples make those of both.
-        mean = values.mean(dim=0)
-        squares = (values - mean).square_().sum(dim=0)
+        if self.n and values.shape[1] != self.size.numel():
+            raise ValueError(f"{self.name}: its outputs change their shape from chunk to chunk, {tuple(output.shape)}")
         size = values.abs().sum(dim=0)
+        if self.n == 0:
+            self.units, self.origin = units, values[0].clone()
+        # From the first observation on, so that of a constant unit nothing is left, not even rounding.
+        values = values - self.origin
+        mean = values.mean(dim=0)
+        squares = values.sub_(mean).square_().sum(dim=0)
         if self.n:
+            # Chan et al. (1979): the means and sums of squares of two samples make those of both.
             difference = mean - self.mean
             squares += self.squares + difference.square() * (self.n * n / total)
             mean = self.mean + difference * (n / total)
             size += self.size
-        self.n, self.units, self.mean, self.squares, self.size = total, units, mean, squares, size
+        self.n, self.mean, self.squares, self.size = total, mean, squares, size
         if self.bounds:
             low, high = self.bounds
-            self.near_bounds += float(((output <= low + 0.01) | (output >= high - 0.01)).float().sum())
+            self.near_bounds = self.near_bounds + ((output <= low + 0.01) | (output >= high - 0.01)).sum()
 
     def metrics(self) -> dict[str, float]:
         """constant, zero, dormant and perhaps saturated of `layer_metrics`."""
         if self.n < 2:
             raise ValueError(f"{self.name}: a deviation needs at least 2 observations, got {self.n}")
+        if not torch.isfinite(self.size).all():
+            raise ValueError(f"{self.name}: its outputs hold NaN or infinite values")
         deviation = (self.squares / (self.n - 1)).sqrt().view(-1, self.units)
         size = self.size.view(-1, self.units) / self.n
         mean_size = size.mean(dim=0)
@@ -493,7 +615,7 @@ class _Units:
             "dormant": float((mean_size <= 0.025 * mean_size.mean()).float().mean()),
         }
         if self.bounds:
-            values["saturated"] = self.near_bounds / (self.n * self.size.numel())
+            values["saturated"] = float(self.near_bounds) / (self.n * self.size.numel())
         return values
 
 

@@ -138,6 +138,14 @@ def read_events(folder):
     return events
 
 
+LAYER_TAGS = {  # of tanh-lan, once it has learned
+    f"layers/{layer}/{what}"
+    for layer in ("conv1", "conv2", "conv3", "z", "z_enc", "z_star")
+    for what in ("constant", "zero", "dormant", "saturated", "weight_norm", "grad_norm", "no_gradient")
+    if what != "saturated" or layer in ("z_enc", "z_star")
+}
+
+
 @pytest.fixture
 def runs_dir(tmp_path):
     return tmp_path / "runs"

@@ -87,8 +87,8 @@ def raising(error):
         (
             OSError("[Errno 32] Broken pipe\n\nFFMPEG COMMAND:\nffmpeg"),
             1,
-            "error: cannot use the run folder: [Errno 32] Broken pipe. The last checkpoint, if there was one, is "
-            "whole: mend that, then resume with python x.py --seed 3\n",
+            "error: cannot use a file: [Errno 32] Broken pipe. What was saved is whole: fix this, then run this again: "
+            "python x.py --seed 3\n",
         ),
         (
             torch.OutOfMemoryError("tried to allocate 2 GiB\nand more"),

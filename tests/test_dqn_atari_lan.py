@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_quadrants, module_of, read_events, without_run
+from conftest import LAYER_TAGS, make_quadrants, module_of, read_events, without_run
 
 import dqn_atari_lan as dqn
 from lan_utils import cli, run, study
@@ -383,6 +383,7 @@ def test_tags_steps_and_files_of_a_run(trained):
             *("feature_norm", "dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak"),
         )
     }
+    representation |= LAYER_TAGS
     assert set(events) == every_thousand | representation | {"charts/episodic_return", "charts/episodic_length"}
     assert all([step for step, _ in events[tag]] == [1000, 2000, 3000] for tag in every_thousand)
     assert all([step for step, _ in events[tag]] == [1000, 2000, 3000, 3100] for tag in representation)

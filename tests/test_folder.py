@@ -57,28 +57,13 @@ def with_points(run, checkpoints=(), step=None):
 # ------------------------------------------------------------------------------------ what is in a folder
 
 
-UNREADABLE = "config.json is unreadable: restore it, or start this run anew with --overwrite"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.pt", "", "model.pt is not a whole file: move it away"),
-        ("config.json", '{"args": []}', "config.json is not what a run writes: restore it, or move its folder away"),
-        ("config.json", "[1, 2]", "config.json is not what a run writes: restore it, or move its folder away"),
-        (
-            "config.json",
-            '{"args": {}, "algorithm": "dqn", "device": "cpu", "parameters": 1, "versions": {}}',
-            "config.json is another run's: restore this one's, or move its folder away",
-        ),
-        (
-            "config.json",
-            "{" * 100_000,
-            UNREADABLE,
-        ),
-        ("config.json", '{"args": ', UNREADABLE),
-        ("config.json", "9" * 5000, UNREADABLE),
-        ("checkpoints", "", "checkpoints is not what a run makes: move it away"),
+        ("config.json", '{"args": []}', "config.json is not this run's: restore it, or move the folder away"),
+        ("config.json", '{"args": {}, "algorithm": "dqn"}', "config.json is not this run's: restore it"),
+        ("config.json", "[1, 2]", "is no run's folder: config.json cannot be read; move the folder away"),
+        ("config.json", '{"args": ', "is no run's folder: config.json cannot be read; move the folder away"),
         ("checkpoints/0000000100.ckpt", "", "none of the 1 checkpoints"),
     ],
 )
@@ -91,28 +76,6 @@ def test_odd_run_folders_are_refused_unchanged(tmp_path, name, content, message)
     with pytest.raises(BadInput, match=message):
         begin(tmp_path)
     assert contents(path) == before
-
-
-@pytest.mark.parametrize("name", [".lock", "config.json", "model.pt", "checkpoints", "."])
-def test_pipes_in_place_of_files_are_refused_at_once(tmp_path, name):
-    """Would catch: an open() that waits for ever for someone to write."""
-    path = begin(tmp_path).folder.path
-    shutil.rmtree(path) if name == "." else (path / name).unlink(missing_ok=True)
-    os.mkfifo(path / name if name != "." else path)
-    with pytest.raises(BadInput, match="move it away"):
-        begin(tmp_path)
-
-
-def test_a_link_in_place_of_the_lock_is_not_written_through(tmp_path):
-    """Would catch: a stranger's file truncated by a run's lock."""
-    path = begin(tmp_path).folder.path
-    thesis = tmp_path / "thesis"
-    thesis.write_text("years of work")
-    (path / ".lock").unlink()
-    (path / ".lock").symlink_to(thesis)
-    with pytest.raises(BadInput, match=r"\.lock is not what a run makes: move it away"):
-        begin(tmp_path)
-    assert thesis.read_text() == "years of work"
 
 
 # ------------------------------------------------------------------------------------------- --overwrite
@@ -158,7 +121,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, config, through_a_li
         (real / "config.json").write_text(config)
     before = contents(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match=r"move (it|its folder) away") as error:
+        with pytest.raises(BadInput, match="move the folder away") as error:
             begin(tmp_path / "runs", overwrite=overwrite)
         assert "--overwrite" not in str(error.value)
         assert contents(tmp_path) == before
@@ -239,8 +202,7 @@ def test_a_deleted_config_is_written_again_from_the_checkpoints(tmp_path, capsys
     assert resumed.step == 5
     assert json.loads((path / "config.json").read_text()) == written
     assert capsys.readouterr().err == (
-        f"warning: {path}/config.json was gone: the checkpoints tell the flags; with what else the run began is not "
-        "known\n"
+        f"warning: {path}/config.json was gone: the checkpoints tell its flags, not the versions it began with\n"
     )
     assert begin(tmp_path, gamma=0.5).step == 5
     lose_config(path)
@@ -257,7 +219,7 @@ def test_checkpoints_that_do_not_make_a_folder_a_runs(tmp_path):
     (path / "checkpoints" / "0000000005.ckpt").write_text("damaged")
     before = contents(path)
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match=r"is not a run's folder \(no config.json\): move it away"):
+        with pytest.raises(BadInput, match="config.json is not this run's: restore it, or move the folder away"):
             begin(tmp_path / "runs", overwrite=overwrite)
         assert contents(path) == before
 
@@ -271,24 +233,6 @@ def test_what_a_run_says_that_lost_its_folder_can_be_done(tmp_path):
         run._save(6)
     shutil.move(path, tmp_path / "away")
     assert begin(tmp_path).step == 0
-
-
-@pytest.mark.parametrize("checkpoints", [(), (4,)])
-def test_an_empty_model_can_be_moved_away_only_where_something_is_left(tmp_path, checkpoints):
-    """Would catch: "move it away" of a finished run, whose folder the next command refuses."""
-    run = begin(tmp_path)
-    path = with_points(run, checkpoints)
-    if not checkpoints:
-        run._write_status("finished")
-    (path / "model.pt").touch()
-    remedy = "move it away" if checkpoints else "restore it from a backup"
-    with pytest.raises(BadInput, match=f"model.pt is not a whole file: {remedy}, or start anew with --overwrite$"):
-        begin(tmp_path)
-    if checkpoints:
-        (path / "model.pt").unlink()
-        assert begin(tmp_path).step == 4
-    else:
-        assert begin(tmp_path, overwrite=True).step == 0
 
 
 def test_edited_flags_in_config_are_refused(tmp_path):

@@ -252,6 +252,9 @@ def test_scaled_and_centred_by_hand():
         metrics.effective_rank,
         metrics.effective_rank_centred,
         metrics.dormant_neurons,
+        metrics.stable_rank,
+        metrics.pca_rank,
+        metrics.zero_neurons,
     ],
 )
 def test_bad_activations_are_refused(function):
@@ -398,3 +401,32 @@ print(len(metrics.representation_metrics(z)), metrics.__file__, sorted(set(sys.m
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"8 {tmp_path / 'metrics.py'} ['metrics']\n", "")
+
+
+@given(st.integers(0, 2**31), st.integers(2, 30), st.integers(1, 30), st.floats(-5, 5))
+@settings(max_examples=50, deadline=None)
+def test_stable_and_pca_rank_are_numpys(seed, n, w, place):
+    """Would catch: norms instead of their squares, a PCA of features that are not centred, an off-by-one."""
+    features = np.random.default_rng(seed).normal(size=(n, w)) + place
+    expected = np.linalg.norm(features) ** 2 / np.linalg.norm(features, 2) ** 2
+    assert metrics.stable_rank(torch.tensor(features)) == pytest.approx(expected, rel=1e-6)
+    variances = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
+    share = variances.cumsum() / variances.sum()
+    assert metrics.pca_rank(torch.tensor(features)) == int(np.argmax(share >= 0.99 - 1e-9)) + 1
+
+
+def test_stable_and_pca_rank_by_hand():
+    """Singular values 3 and 1: (9 + 1) / 9. Variances of 3^2 and 1 hold shares of 0.9 and 0.1."""
+    features = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) / math.sqrt(2)
+    assert metrics.stable_rank(features) == pytest.approx(10 / 9)
+    assert [metrics.pca_rank(features, share) for share in (0.5, 0.9, 0.91)] == [1, 1, 2]
+    assert metrics.pca_rank(features + 100) == 2  # where they lie does not count
+    assert metrics.stable_rank(torch.zeros(5, 3)) == 0
+    assert metrics.pca_rank(torch.full((5, 3), 7.0)) == 0
+    assert metrics.stable_rank(torch.full((5, 3), 7.0)) == pytest.approx(1)
+
+
+def test_zero_neurons_by_hand():
+    """Would catch: a sum that cancels, a constant that is not 0, a tiny value taken for 0."""
+    activations = torch.tensor([[0.0, 1.0, 2.0, 1e-30], [0.0, -1.0, 2.0, 0.0]])
+    assert metrics.zero_neurons(activations).tolist() == [True, False, False, False]

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import make_quadrants, module_of, read_events, stacked, without_run
+from conftest import LAYER_TAGS, make_quadrants, module_of, read_events, stacked, without_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -443,7 +443,7 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
     names = ("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm")
     names += ("dead_neurons_scaled", "effective_rank_centred")
     factors = ("dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak")
-    representation = {f"representation/{name}" for name in (*names, *factors)}
+    representation = {f"representation/{name}" for name in (*names, *factors)} | LAYER_TAGS
     games = {"charts/episodic_return", "charts/episodic_length"}
     assert set(events) == losses | representation | games | {"charts/learning_rate"}
     # Rollouts of 512 pass a thousand at 1024, 2048 and 2560 no more; the sample of 600 is full from 1024 on.
@@ -467,19 +467,19 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
 def test_the_newest_observations_are_measured(monkeypatch, runs_dir, samples):
     """In the order in which they were played, from one rollout of 512 and part of the last, or of the last two."""
     seen, measured = [], []
-    forward, record = ppo.ActorCritic.forward, metrics.record
+    forward, record = ppo.ActorCritic.forward, metrics.record_and_measure
 
     def watched_forward(network, observations):
         if network.training and not torch.is_grad_enabled():
             seen.append(observations.clone())
         return forward(network, observations)
 
-    def watched_record(network, modules, observations, chunk):
+    def watched_record(network, modules, observations, *more, **keep):
         measured.append((len(seen), observations.clone()))
-        return record(network, modules, observations, chunk)
+        return record(network, modules, observations, *more, **keep)
 
     monkeypatch.setattr(ppo.ActorCritic, "forward", watched_forward)
-    monkeypatch.setattr(metrics, "record", watched_record)
+    monkeypatch.setattr(metrics, "record_and_measure", watched_record)
     train_quadrants(
         monkeypatch, runs_dir, total_timesteps=2048, metrics_frequency=1000, metrics_samples=samples, update_epochs=1
     )
