@@ -219,7 +219,7 @@ def test_checkpoints_that_do_not_make_a_folder_a_runs(tmp_path):
     (path / "checkpoints" / "0000000005.ckpt").write_text("damaged")
     before = contents(path)
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match="config.json is not this run's: restore it, or move the folder away"):
+        with pytest.raises(BadInput, match=r"config.json is not this run's: restore it, or move the folder away"):
             begin(tmp_path / "runs", overwrite=overwrite)
         assert contents(path) == before
 

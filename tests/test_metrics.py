@@ -366,7 +366,7 @@ def fresh(network):
         (Net(), "third", None, ValueError, "h: 'third' is no module of the network; it has first, first.0, first.1, "),
         (Net(), torch.nn.Linear(3, 5), None, ValueError, "h: Linear.* is no module of the network; it has first, "),
         (Net(), "unused", None, ValueError, r"h was not called by network\(observations\)"),
-        (Net(), "pair", None, ValueError, "h returns dict, not a tensor: name the module that makes the tensor"),
+        (Net(), "pair", None, ValueError, "h returns dict, not a tensor: name the module that makes it"),
         (Twice(), "first", 4, ValueError, "g was called more than once in one pass: name a module that is called once"),
         (Broken(), "first", None, ZeroDivisionError, "in the middle"),
     ],
