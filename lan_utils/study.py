@@ -74,7 +74,7 @@ def split_group(group: str) -> tuple[str, str]:
     return activation, exp_name
 
 
-class Runs(NamedTuple):
+class Needed(NamedTuple):
     """The runs that a figure is drawn of."""
 
     algorithm: str
@@ -84,21 +84,21 @@ class Runs(NamedTuple):
 
 
 # By the paper's number. ReLU is always there where scores are normalised by it.
-FIGURES = {
-    "1": Runs("dqn", ("relu", "tanh")),
-    "4": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
-    "5a": Runs("dqn"),
-    "5b": Runs("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024")),
-    "6": Runs("dqn"),
-    "7": Runs("dqn", ("relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan")),
-    "8": Runs("ppo"),
-    "10": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),
-    "11": Runs("dqn", ("tanh", "tanh-lan", "sigmoid", "sigmoid-lan"), ("Breakout",), (1,)),
-    "13": Runs("dqn", ("relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan")),
-    "14": Runs("dqn", ("relu", "relu-lan")),
-    "15": Runs("dqn"),
-    "16": Runs("dqn"),
-    "17": Runs("ppo"),
+RUNS_OF_FIGURES = {
+    "1": Needed("dqn", ("relu", "tanh")),
+    "4": Needed("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
+    "5a": Needed("dqn"),
+    "5b": Needed("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024")),
+    "6": Needed("dqn"),
+    "7": Needed("dqn", ("relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan")),
+    "8": Needed("ppo"),
+    "10": Needed("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),
+    "11": Needed("dqn", ("tanh", "tanh-lan", "sigmoid", "sigmoid-lan"), ("Breakout",), (1,)),
+    "13": Needed("dqn", ("relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan")),
+    "14": Needed("dqn", ("relu", "relu-lan")),
+    "15": Needed("dqn"),
+    "16": Needed("dqn"),
+    "17": Needed("ppo"),
 }
 
 

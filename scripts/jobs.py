@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lan_utils.study import ACTIVATIONS, ALGORITHMS, FIGURES, GAMES, SEEDS
+from lan_utils.study import ACTIVATIONS, ALGORITHMS, GAMES, SEEDS
+from lan_utils.study import RUNS_OF_FIGURES as FIGURES
 
 
 class Parser(argparse.ArgumentParser):
