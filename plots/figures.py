@@ -318,7 +318,9 @@ def draw_layers(results: Results, plot: Plot) -> Drawing:
     games = sorted({game for game, _ in stacks})
     names = [name for name in shown if any((game, name) in stacks for game in games)]
     tallest = max(map(len, stacks.values()))
-    figure = Figure((max(3.4, 1.95 * len(names)), 0.6 + len(games) * (0.45 + 0.27 * tallest)), layout="constrained")
+    width = max(1.95, *(0.065 * len(f"{label_of(name)}, 5 runs") for name in names))
+    height = 0.6 + len(games) * (0.6 + 0.27 * tallest)
+    figure = Figure((max(3.4, width * len(names)), height), layout="constrained")
     grid = figure.subplots(len(games), len(names), squeeze=False)
     missing = [f"no {label_of(name)}" for name in shown if name not in names]
     for (row, game), (column, name) in itertools.product(enumerate(games), enumerate(names)):
@@ -328,7 +330,9 @@ def draw_layers(results: Results, plot: Plot) -> Drawing:
             missing.append(f"no {label_of(name)} in {game}")
             continue
         title = f"{label_of(name)}, {plural(max(map(len, stack.values())))}"
-        draw_stack(axes, results.grid(algorithm), stack, tallest, f"{plain(game)}, {title}" * (len(games) > 1) or title)
+        draw_stack(
+            axes, results.grid(algorithm), stack, tallest, f"{plain(game)}\n{title}" if len(games) > 1 else title
+        )
         if row < len(games) - 1:
             axes.set_xlabel("")
     add_scale(figure, list(grid.flat))

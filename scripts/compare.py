@@ -164,6 +164,7 @@ def draw(runs: list[RecordedRun]) -> Figure:
                 layer: np.interp(grid, found["step"], found["value"], **between) for layer, found in stack.items()
             }
             figures.draw_stack(axes, grid, {layer: {0: curve} for layer, curve in curves.items()}, tallest, label)
+            axes.locator_params(axis="x", nbins=5)
         figures.add_scale(part, list(panels))
     return figure
 
