@@ -1,6 +1,7 @@
 """The facts of the study, said once: games, activations, the runs of each figure, how a run is named. No torch."""
 
 import csv
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 def style(group: str) -> Style:
     """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name.
 
+    Of such a one a number of three digits or more at the end is the width, as in `wide-1024`.
+
     Args:
         group: an activation, or `<activation>@<exp_name>` for that of a second experiment beside the first.
     """
@@ -65,7 +68,8 @@ def style(group: str) -> Style:
     if exp_name:
         first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
         return first._replace(label=f"{first.label}, {exp_name}", color=color, dashes=(0, dashes))
-    return Style(activation, color, (0, (2, 1)))
+    width = re.search(r"-([0-9]{3,})$", group)
+    return Style(activation, color, (0, (2, 1)), *(int(found) for found in (width.groups() if width else ())))
 
 
 def split_group(group: str) -> tuple[str, str]:

@@ -120,8 +120,10 @@ def axis_of(quantity: str) -> Axis:
 
 
 def plain(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: a dollar sign begins no formula, and what is too long loses its middle."""
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, an underscore leaves no legend, and what is
+    too long loses its middle."""
     half = longest // 2
+    text = f" {text}" if text.startswith("_") else text
     return (text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}").replace("$", r"\$")
 
 

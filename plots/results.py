@@ -23,7 +23,7 @@ GRID_POINTS = 1001  # of the common grid of agent steps, from 0 to the end of th
 LENGTH_TOLERANCE = 0.01  # runs whose lengths differ by no more are equally long
 
 MOSTLY_CONSTANT = 0.99  # as in metrics.py: where more of a layer is constant, the scaled count has no value
-FACTORS = ("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_z_star2")
+FACTORS = "dead_neurons_z_"  # and the factor's name: a quantity of each
 # Final values in results.csv: what other programs rely on first.
 FINAL_VALUES = (
     *("final_return", "normalized_score", "human_normalized_score"),
@@ -422,7 +422,7 @@ def curves_of(run: RecordedRun, grid: np.ndarray) -> dict[str, np.ndarray]:
         else:
             curve = np.interp(grid, points["step"], points["value"], left=np.nan)
         curves["score" if tag == RETURN else tag.removeprefix(REPRESENTATION)] = np.where(after, np.nan, curve)
-    factors = [curves[name] for name in FACTORS if name in curves]
+    factors = [curve for name, curve in curves.items() if name.startswith(FACTORS)]
     if factors:
         curves["dead_factors"] = np.mean(factors, axis=0)
     return curves
@@ -436,7 +436,7 @@ def finals_of(run: RecordedRun) -> dict[str, float]:
         finals["final_return"] = float(np.mean(run.points[RETURN]["value"][-LAST_GAMES:], dtype=float))
     if "effective_rank" in finals:
         finals["rank_share"] = finals["effective_rank"] / study.style(run.activation).width
-    factors = [finals[name] for name in FACTORS if name in finals]
+    factors = [value for name, value in finals.items() if name.startswith(FACTORS)]
     if factors:
         finals["dead_factors"] = float(np.mean(factors))
     return finals

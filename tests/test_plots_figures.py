@@ -213,6 +213,22 @@ def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
     assert len(special.axes[0].get_lines()) == 1
 
 
+@pytest.mark.parametrize("name", ["gelu", "_mine", "a$b$", "ψ-lan", "My Act_2", "x" * 80, "swish-1024", "wide-2xlan"])
+def test_a_script_may_invent_any_name(tmp_path, runs_dir, name):
+    """Would catch: a formula, a line that no legend names, a name that stops a figure, another width."""
+    make_run(runs_dir, "dqn", "Pong", name, 1)
+    read = read_study(runs_dir, tmp_path)
+    for plot in ("fig06b_dqn_effective_rank", "layers_dqn"):
+        png, caption, _ = figures.draw(read, plot, figures.FIGURES[plot], tmp_path)
+        assert png[:4] == b"\x89PNG"
+        assert "no " + name not in caption
+    figure, _ = figures.draw_panels(read, figures.FIGURES["fig06b_dqn_effective_rank"])
+    assert len(figure.legends[0].get_texts()) == 1
+    assert facts.style(name).color not in {style.color for style in facts.ACTIVATIONS.values()}
+    width = 1024 if name == "swish-1024" else 512
+    assert read.runs["rank_share"].item() == pytest.approx(read.runs["effective_rank"].item() / width)
+
+
 FEW_AND_MANY = {
     "one": ({"Pong": 1}, ["Pong"]),
     "two, of which one has more seeds": ({"Pong": 1, "Qbert": 3}, ["Pong", "Qbert"]),
