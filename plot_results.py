@@ -15,11 +15,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from lan_utils.cli import RunFailed
+from lan_utils.cli import RunFailed, launch
 from plots import figures, report
 from plots.command import (
     choose_items,
-    launch,
     prepare_out_dir,
     print_lines,
     read_runs,

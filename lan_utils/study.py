@@ -1,6 +1,7 @@
 """The facts of the study, said once: games, activations, the runs of each figure, how a run is named. No torch."""
 
 import csv
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 def style(group: str) -> Style:
     """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name.
 
+    Of such a one a number of three digits or more at the end is the width, as in `wide-1024`.
+
     Args:
         group: an activation, or `<activation>@<exp_name>` for that of a second experiment beside the first.
     """
@@ -65,7 +68,8 @@ def style(group: str) -> Style:
     if exp_name:
         first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
         return first._replace(label=f"{first.label}, {exp_name}", color=color, dashes=(0, dashes))
-    return Style(activation, color, (0, (2, 1)))
+    width = re.search(r"-([0-9]{3,})$", group)
+    return Style(activation, color, (0, (2, 1)), *(int(found) for found in (width.groups() if width else ())))
 
 
 def split_group(group: str) -> tuple[str, str]:
@@ -74,7 +78,7 @@ def split_group(group: str) -> tuple[str, str]:
     return activation, exp_name
 
 
-class Runs(NamedTuple):
+class Needed(NamedTuple):
     """The runs that a figure is drawn of."""
 
     algorithm: str
@@ -84,21 +88,21 @@ class Runs(NamedTuple):
 
 
 # By the paper's number. ReLU is always there where scores are normalised by it.
-FIGURES = {
-    "1": Runs("dqn", ("relu", "tanh")),
-    "4": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
-    "5a": Runs("dqn"),
-    "5b": Runs("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024")),
-    "6": Runs("dqn"),
-    "7": Runs("dqn", ("relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan")),
-    "8": Runs("ppo"),
-    "10": Runs("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),
-    "11": Runs("dqn", ("tanh", "tanh-lan", "sigmoid", "sigmoid-lan"), ("Breakout",), (1,)),
-    "13": Runs("dqn", ("relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan")),
-    "14": Runs("dqn", ("relu", "relu-lan")),
-    "15": Runs("dqn"),
-    "16": Runs("dqn"),
-    "17": Runs("ppo"),
+RUNS_OF_FIGURES = {
+    "1": Needed("dqn", ("relu", "tanh")),
+    "4": Needed("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
+    "5a": Needed("dqn"),
+    "5b": Needed("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024")),
+    "6": Needed("dqn"),
+    "7": Needed("dqn", ("relu", "selu", "tanh-lan", "tanh-addlan", "tanh-2xlan")),
+    "8": Needed("ppo"),
+    "10": Needed("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),
+    "11": Needed("dqn", ("tanh", "tanh-lan", "sigmoid", "sigmoid-lan"), ("Breakout",), (1,)),
+    "13": Needed("dqn", ("relu", "relu-lan", "sigmoid", "sigmoid-lan", "tanh", "tanh-lan")),
+    "14": Needed("dqn", ("relu", "relu-lan")),
+    "15": Needed("dqn"),
+    "16": Needed("dqn"),
+    "17": Needed("ppo"),
 }
 
 

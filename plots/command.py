@@ -1,4 +1,4 @@
-"""What the command around the plots needs: the out folder, worker processes, errors to one line and an exit code."""
+"""What the command around the plots needs: the out folder, and worker processes."""
 
 import contextlib
 import ctypes
@@ -7,16 +7,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
-from lan_utils.cli import BadInput, leave, one_line_errors, parse
-from plots.events import CACHE_NAME, open_regular, read_run, write_whole
+from lan_utils.cli import BadInput
+from lan_utils.files import replace
+from plots.events import CACHE_NAME, read_run
 from plots.report import TABLES
-from plots.results import Run
+from plots.results import RecordedRun
 
 MARK = ".plot_results"  # of an out folder; whoever wants the folder for something else deletes it
 MARK_TEXT = b"plot_results.py draws into this folder and replaces its own files here.\n"
@@ -46,8 +45,7 @@ def choose_items(only: Sequence[str], figures: Iterable[str]) -> list[str]:
 def is_marked(out_dir: Path) -> bool:
     """Is the folder this program's own? Its mark says so, nothing else."""
     try:
-        with open_regular(out_dir / MARK) as file:
-            return file.read(len(MARK_TEXT) + 1) == MARK_TEXT
+        return (out_dir / MARK).read_bytes() == MARK_TEXT
     except OSError:
         return False
 
@@ -77,14 +75,14 @@ def prepare_out_dir(out_dir: Path, items: Sequence[str]) -> Path:
         cache = out_dir / ".cache"
         cache.mkdir(parents=True, exist_ok=True)
         if not is_marked(out_dir):
-            write_whole(out_dir / MARK, MARK_TEXT)
+            replace(out_dir / MARK, lambda file: file.write(MARK_TEXT))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--out-dir {out_dir}: {reason}; name a folder that can be written") from None
     return cache
 
 
-def read_runs(runs: Sequence[Run], cache: Path) -> None:
+def read_runs(runs: Sequence[RecordedRun], cache: Path) -> None:
     """Give each run that has a config.json its points; files of the cache that belong to none of them are deleted."""
     readable = [run for run in runs if run.algorithm]
     hashes = [hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest() for run in readable]
@@ -122,27 +120,3 @@ def workers() -> Iterator[ProcessPoolExecutor]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find the pool half shut down
             pool.shutdown(cancel_futures=True)
             raise
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-def launch(main: Callable[[Any], None], args_class: type) -> None:
-    """Parse the command line, run `main(args)`, and turn what a user can cause into one line and an exit code.
-
-    Args:
-        args_class: dataclass of flags, with `out_dir`.
-    """
-    args = parse(args_class)
-    try:
-        with one_line_errors():
-            main(args)
-    except BrokenPipeError:  # | head
-        os._exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        reason = f"cannot use {error.filename or 'where this prints to'}: {error.strerror}"
-        leave(1, f"error: --out-dir {args.out_dir}: {reason}; mend that, then run this again")
-    except (BrokenProcessPool, MemoryError):
-        leave(1, "error: a worker process died (out of memory?); free some memory, then run this again")
-    except KeyboardInterrupt:
-        leave(130, "interrupted; every file is whole, run this again")

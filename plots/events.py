@@ -1,10 +1,7 @@
 """Event files -> points, and the cache between them. Nothing here knows what a run is beyond its folder."""
 
-import io
 import json
-import os
 import re
-import stat
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,47 +14,15 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from lan_utils.files import replace
+
 Points = np.ndarray  # of dtype POINT, (points,)
 POINT = np.dtype([("step", "i8"), ("value", "f4")])  # agent step; value of the tag there
-RETURN, REPRESENTATION, EVALUATION = "charts/episodic_return", "representation/", "eval/"
+RETURN, REPRESENTATION, LAYERS = "charts/episodic_return", "representation/", "layers/"
+EVALUATION = "eval/"
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 CACHE_NAME = re.compile(r"plot_results-[0-9a-f]{40}\.npz")  # of every file that this program puts into its cache
-
-
-# --------------------------------------------------------------------------------------------------- files
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading; never waits, as opening a FIFO would.
-
-    Raises:
-        OSError: it is missing, unreadable, or no regular file.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "no regular file", str(path))
-    return open(descriptor, "rb")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Make or replace a file, whole or not at all.
-
-    Raises:
-        OSError: with `filename` set to `path`.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # "x" follows no link
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- event files
@@ -123,8 +88,7 @@ def read_event_file(file: Path) -> EventFile:
     """The scalar points of one event file, evaluation's aside (its steps are games)."""
     found = EventFile(file.name, [Session(None)])
     try:
-        with open_regular(file) as opened:
-            records, damaged, lost = read_records(opened.read())
+        records, damaged, lost = read_records(file.read_bytes())
     except OSError as error:
         found.problems.append(f"{file.name} cannot be read ({error.strerror})")
         return found
@@ -139,7 +103,7 @@ def read_event_file(file: Path) -> EventFile:
             found.sessions.append(Session(event.step))
         for value in event.summary.value:
             if value.HasField("simple_value") and not value.tag.startswith(EVALUATION):
-                is_wanted = value.tag == RETURN or value.tag.startswith(REPRESENTATION)
+                is_wanted = value.tag == RETURN or value.tag.startswith((REPRESENTATION, LAYERS))
                 steps, values = found.sessions[-1].points[value.tag if is_wanted else ""]
                 steps.append(event.step)
                 values.append(value.simple_value)
@@ -157,8 +121,9 @@ def read_events(files: Sequence[Path]) -> tuple[dict[str, Points], int, list[str
         files: the run's event files, in any order: what they hold orders them (`EventFile.order`).
 
     Returns:
-        Points by tag (`charts/episodic_return` and `representation/...`), steps ascending and distinct, values finite;
-        the last agent step of any training point, 0 without one; what was wrong or dropped, a phrase each.
+        Points by tag (`charts/episodic_return`, `representation/...`, `layers/...`), steps ascending and distinct,
+        values finite; the last agent step of any training point, 0 without one; what was wrong or dropped, a phrase
+        each.
     """
     contents = sorted(map(read_event_file, files), key=lambda content: content.order)
     problems = [problem for content in contents for problem in content.problems]
@@ -187,15 +152,14 @@ def read_events(files: Sequence[Path]) -> tuple[dict[str, Points], int, list[str
         tagged["step"], tagged["value"] = steps, values
         tagged = tagged[np.argsort(tagged["step"], kind="stable")]
         is_latest = np.append(tagged["step"][1:] != tagged["step"][:-1], True)[: len(tagged)]
-        is_finite, is_positive = np.isfinite(tagged["value"]), tagged["step"] >= 0
+        is_finite = np.isfinite(tagged["value"])
         for count, what in (
             (np.sum(~is_latest), "steps logged twice, the later value counts"),
             (np.sum(~is_finite), "NaN or infinite values left out"),
-            (np.sum(~is_positive), "points at negative steps left out"),
         ):
             if count:
                 problems.append(f"{tag}: {count} {what}")
-        points[tag] = tagged[is_latest & is_finite & is_positive]
+        points[tag] = tagged[is_latest & is_finite]
     return {tag: tagged for tag, tagged in points.items() if len(tagged)}, last_step, problems
 
 
@@ -229,7 +193,6 @@ def read_run(folder: Path, cache: Path) -> tuple[dict[str, Points], int, list[st
     except Exception as error:  # one run that nobody thought of must not stop the others
         return {}, 0, [f"cannot be read ({type(error).__name__}: {error})"]
     about |= {"tags": list(points), "last_step": last_step, "problems": problems}
-    buffer = io.BytesIO()
-    np.savez(buffer, about=json.dumps(about), **{f"points {i}": tagged for i, tagged in enumerate(points.values())})
-    write_whole(cache, buffer.getvalue())
+    arrays = {f"points {i}": tagged for i, tagged in enumerate(points.values())}
+    replace(cache, lambda file: np.savez(file, about=json.dumps(about), **arrays))
     return points, last_step, problems

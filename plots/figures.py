@@ -4,7 +4,6 @@ import io
 import itertools
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,19 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MultipleLocator, PercentFormatter
 from scipy import stats
 
-from lan_utils import study
-from plots.events import open_regular, write_whole
-from plots.results import MOSTLY_CONSTANT, Results
+from lan_utils import files, study
+from lan_utils.study import RUNS_OF_FIGURES
+from plots.events import LAYERS as OF_LAYERS
+from plots.results import MOSTLY_CONSTANT, Results, layers_of
 from plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band, normalized
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11
 WIDTH = study.ACTIVATIONS["tanh"].width  # of the representation, for the right-hand axis of ranks
-MAX_ACTIVATIONS = 256 * 2**20  # bytes of one array of activations.npz, unpacked
+LAYERS = {"z": "$z$", "z_enc": "$z^{enc}$", "z_star": "$z^*$", "z_star2": "$z^{**}$"}  # as the paper writes them
+LAYER_COLOURS = matplotlib.colormaps["Reds"].with_extremes(bad="#E8E8E8")  # 0 to 1, no value
 FEW_GAMES = 3  # up to so many are drawn each, not their mean, in the study's figure
 FEW_SEEDS = 4  # up to so many are drawn each, not as a band, where a figure says so
-MAX_VALUE = 1e9  # of an activation; above, the jitter of the density vanishes in rounding
 
 # Probability that a product of two neurons dies, each of which dies with probability p (paper, Table 1).
 LAN_LAWS = {
@@ -37,16 +37,26 @@ LAN_LAWS = {
     "sigmoid": ("$p$", lambda p: p),
     "relu": ("$2p - p^2$", lambda p: 2 * p - p**2),
 }
+SHARE, RANK, FREE = "share", "rank", "free"
+
+
+class Axis(NamedTuple):
+    """Of a quantity."""
+
+    label: str
+    kind: str = FREE  # SHARE: 0 to 1, in percent; RANK: from 0, on the right-hand side as a share of the width; FREE
+
+
 AXES = {
-    "score": "return (last 100 games)",
-    "normalized_score": "normalised score",
-    "human_normalized_score": "human-normalised score",
-    "dead_neurons": "dead neurons (KDE)",
-    "std_dead_neurons": "dead neurons (std < 0.001)",
-    "dead_neurons_scaled": "dead neurons (KDE, scaled)",
-    "effective_rank": "effective rank",
-    "effective_rank_centred": "effective rank, centred",
-    "dead_factors": "dead neurons of the factors",
+    "score": Axis("return (last 100 games)"),
+    "normalized_score": Axis("normalised score"),
+    "human_normalized_score": Axis("human-normalised score"),
+    "dead_neurons": Axis("dead neurons (KDE)", SHARE),
+    "std_dead_neurons": Axis("dead neurons (std < 0.001)", SHARE),
+    "dead_neurons_scaled": Axis("dead neurons (KDE, scaled)", SHARE),
+    "dead_factors": Axis("dead neurons of the factors", SHARE),
+    "effective_rank": Axis("effective rank", RANK),
+    "effective_rank_centred": Axis("effective rank, centred", RANK),
 }
 # For matplotlib.style: its own defaults first, whatever the user's matplotlibrc says.
 LOOK = (
@@ -82,7 +92,7 @@ class Plot:
 
     draw: Callable[[Results, "Plot"], Drawing]
     caption: str
-    runs: study.Runs
+    runs: study.Needed
     quantities: tuple[str, ...] = ()  # one panel each
     each_seed: bool = False  # a thin line for each of up to FEW_SEEDS: a band hides that one run of three failed
 
@@ -101,17 +111,19 @@ def shown_activations(results: Results, plot: Plot) -> list[str]:
 
 def activations_of_study(algorithm: str) -> set[str]:
     """Those that its figures show; none for an algorithm that has no figure."""
-    return {name for runs in study.FIGURES.values() if runs.algorithm == algorithm for name in runs.activations}
+    return {name for runs in RUNS_OF_FIGURES.values() if runs.algorithm == algorithm for name in runs.activations}
 
 
-def axis_label(quantity: str) -> str:
-    """What stands beside the axis; a quantity that nobody has named yet under its own name."""
-    return AXES.get(quantity, quantity.replace("_", " "))
+def axis_of(quantity: str) -> Axis:
+    """Its entry in AXES; a free axis under its own name where it has none."""
+    return AXES.get(quantity, Axis(quantity.replace("_", " ")))
 
 
 def plain(text: str, longest: int = 32) -> str:
-    """Text that matplotlib draws as it is: a dollar sign begins no formula, and what is too long loses its middle."""
+    """Text that matplotlib draws as it is: a dollar sign begins no formula, an underscore leaves no legend, and what is
+    too long loses its middle."""
     half = longest // 2
+    text = f" {text}" if text.startswith("_") else text
     return (text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}").replace("$", r"\$")
 
 
@@ -142,9 +154,7 @@ def runs_of(curves: Curves, a_game: bool = False) -> str:
 
 def possible(quantity: str) -> tuple[float, float]:
     """Lowest and highest value that it can have: a band ends there."""
-    if any(word in quantity for word in ("dead", "dormant", "share")):
-        return 0.0, 1.0
-    return (0.0 if "rank" in quantity else -np.inf), np.inf
+    return {SHARE: (0.0, 1.0), RANK: (0.0, np.inf), FREE: (-np.inf, np.inf)}[axis_of(quantity).kind]
 
 
 def draw_group(
@@ -185,13 +195,14 @@ def draw_lines(
 
 
 def finish_axes(axes: Axes, length: int, quantity: str) -> None:
-    axes.set(xlim=(0, length), xlabel="agent steps", ylabel=axis_label(quantity))
+    axes.set(xlim=(0, length), xlabel="agent steps", ylabel=axis_of(quantity).label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.locator_params(axis="x", nbins=5)
-    if "dead" in quantity:
+    kind = axis_of(quantity).kind
+    if kind == SHARE:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif "rank" in quantity:
+    elif kind == RANK:
         axes.set_ylim(bottom=0)
         share = axes.secondary_yaxis("right", functions=(lambda rank: rank / WIDTH, lambda share: share * WIDTH))
         share.set_ylabel("rank / width")
@@ -227,13 +238,13 @@ def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (Non
         if quantity == "dead_neurons" and "std_dead_neurons" not in plot.quantities:
             draw_lines(axes, results, plot, "std_dead_neurons", game, label=None, **STD_DEAD)
             dotted = [Line2D([], [], color=GREY, label=STD_DEAD_LABEL, **STD_DEAD)]
-            axes.set_ylabel(axis_label(quantity))
+            axes.set_ylabel(axis_of(quantity).label)
         if game:
             axes.set_title(plain(game))
         if row < rows - 1:
             axes.set_xlabel("")
     if all(len(names) == len(shown) for names in missing.values()):
-        return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in plot.quantities)}"]
+        return None, [f"no run with a {' or '.join(axis_of(quantity).label for quantity in plot.quantities)}"]
     add_legend(figure, dotted)
     return figure, [
         what + (f" in {game}" if rows > 1 else "")
@@ -247,7 +258,7 @@ def what_is_missing(activation: str, quantities: Sequence[str], panels: int) -> 
     """An activation without a line in these of a row's panels: in all of them, or in some."""
     if len(quantities) == panels:
         return [f"no {label_of(activation)}"]
-    return [f"no line of {label_of(activation)} for {axis_label(quantity)}" for quantity in quantities]
+    return [f"no line of {label_of(activation)} for {axis_of(quantity).label}" for quantity in quantities]
 
 
 def games_of(results: Results, algorithm: str) -> list[str]:
@@ -264,10 +275,10 @@ def draw_study(results: Results, plot: Plot) -> Drawing:
     shown = shown_activations(results, plot)
     kept = [name for name in quantities if any(results.select_curves(algorithm, each, name) for each in shown)]
     if not kept:
-        return None, [f"no run with a {' or '.join(axis_label(quantity) for quantity in quantities)}"]
+        return None, [f"no run with a {' or '.join(axis_of(quantity).label for quantity in quantities)}"]
     panels = replace(plot, quantities=tuple(kept), each_seed=True)
     figure, missing = draw_panels(results, panels, games if few else (None,))
-    return figure, missing + [f"no {axis_label(quantity)}" for quantity in quantities if quantity not in kept]
+    return figure, missing + [f"no {axis_of(quantity).label}" for quantity in quantities if quantity not in kept]
 
 
 def draw_games(results: Results, plot: Plot) -> Drawing:
@@ -292,6 +303,78 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
     return figure, missing
 
 
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def draw_layers(results: Results, plot: Plot) -> Drawing:
+    """Where networks die: `draw_stack` of each activation, in a row for each game."""
+    algorithm = plot.runs.algorithm
+    stacks: dict[tuple[str, str], dict[str, dict[int, np.ndarray]]] = {}  # by game and activation: layers of seeds
+    shown = shown_activations(results, plot)
+    for name in shown:
+        for layer in layers_of(results.quantities(algorithm, name)):
+            for game, seeds in results.select_curves(algorithm, name, f"{OF_LAYERS}{layer}/constant").items():
+                stacks.setdefault((game, name), {})[layer] = seeds
+    if not stacks:
+        return None, ["no run that measured every layer"]
+    games = sorted({game for game, _ in stacks})
+    names = [name for name in shown if any((game, name) in stacks for game in games)]
+    tallest = max(map(len, stacks.values()))
+    width = max(1.95, *(0.065 * len(f"{label_of(name)}, 5 runs") for name in names))
+    height = 0.6 + len(games) * (0.6 + 0.27 * tallest)
+    figure = Figure((max(3.4, width * len(names)), height), layout="constrained")
+    grid = figure.subplots(len(games), len(names), squeeze=False)
+    missing = [f"no {label_of(name)}" for name in shown if name not in names]
+    for (row, game), (column, name) in itertools.product(enumerate(games), enumerate(names)):
+        axes, stack = grid[row, column], stacks.get((game, name))
+        if stack is None:
+            axes.set_axis_off()
+            missing.append(f"no {label_of(name)} in {game}")
+            continue
+        title = f"{label_of(name)}, {plural(max(map(len, stack.values())))}"
+        draw_stack(
+            axes, results.grid(algorithm), stack, tallest, f"{plain(game)}\n{title}" if len(games) > 1 else title
+        )
+        if row < len(games) - 1:
+            axes.set_xlabel("")
+    add_scale(figure, list(grid.flat))
+    return figure, missing
+
+
+def draw_stack(axes: Axes, steps: np.ndarray, stack: dict[str, dict[int, np.ndarray]], height: int, title: str) -> None:
+    """The layers of a network on top of each other, its input below, and in each a strip for each seed, whose colour is
+    the share of constant units.
+
+    Args:
+        steps: (points,) agent steps, equally far apart.
+        stack: by layer, in network order, and seed: (points,), NaN where there is no value.
+        height: in layers, of the axes.
+    """
+    for place, seeds in enumerate(stack.values()):
+        strips = np.stack([seeds[seed] for seed in sorted(seeds, reverse=True)])
+        extent = (steps[0], steps[-1], place + 0.06, place + 0.94)
+        look = {"cmap": LAYER_COLOURS, "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+        axes.imshow(strips, extent=extent, origin="lower", **look)
+        edges = np.linspace(*extent[2:], len(strips) + 1)[1:-1]
+        axes.hlines(edges, *extent[:2], color="white", linewidth=0.6)
+    axes.set(xlim=(steps[0], steps[-1]), ylim=(0, height), xlabel="agent steps")
+    axes.set_title(title, y=len(stack) / height)
+    axes.set_yticks(np.arange(len(stack)) + 0.5, [LAYERS.get(layer, plain(layer)) for layer in stack])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(False)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.locator_params(axis="x", nbins=3)
+
+
+def add_scale(figure: Figure | SubFigure, panels: Sequence[Axes]) -> None:
+    """The colours of `draw_stack`, beside the panels."""
+    colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), LAYER_COLOURS)
+    bar = figure.colorbar(colours, ax=panels, format=PercentFormatter(1, decimals=0), aspect=30, pad=0.01)
+    bar.set_label("constant units")
+    bar.outline.set_visible(False)
+
+
 # --------------------------------------------------------------------------------------------- densities
 
 
@@ -313,34 +396,32 @@ def density(activations: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarr
     return x, kde(x)
 
 
-LAYERS = {"z": "$z$", "z_enc": "$z^{enc}$", "z_star": "$z^*$"}
 FACTOR_STYLES = {"z_enc": ("#7A3500", "-"), "z_star": ("#F2A366", (0, (4, 1)))}
 
 
-def read_layer(archive: zipfile.ZipFile, layer: str) -> np.ndarray:
-    """The first KDE_NEURONS neurons of an array of activations.npz, (n, neurons) float64.
+def read_sample(folder: Path, layers: Sequence[str]) -> dict[str, np.ndarray]:
+    """{layer: (n, neurons) float64} of a run's activations.npz.
 
     Raises:
-        ValueError: it is none of activations; its header says so before anything is unpacked.
+        OSError: there is none.
+        ValueError: it is damaged, or another program's.
     """
-    with archive.open(f"{layer}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, dtype = read_header[version](file)
-        if dtype.kind != "f" or len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
-            raise ValueError(f"{layer} is no matrix of activations")
-        size = shape[0] * shape[1] * dtype.itemsize
-        if size > MAX_ACTIVATIONS:
-            raise ValueError(f"{layer} unpacks to {size / 1e9:,.1f} GB")
-        values = np.frombuffer(file.read(size), dtype).reshape(shape, order="F" if is_fortran else "C")
-    values = values[:, :KDE_NEURONS].astype(float)
-    if not (np.abs(values) < MAX_VALUE).all():  # NaN neither
-        raise ValueError(f"{layer} holds values that no activation has")
-    return values
+    file = folder / "activations.npz"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            sample = {layer: arrays[layer].astype(float) for layer in layers}
+    except OSError:
+        raise
+    except Exception as error:  # zip files fail in many ways
+        raise ValueError(f"{file.name} cannot be read ({str(error).split(chr(10))[0]})") from None
+    for layer, values in sample.items():
+        if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+            raise ValueError(f"{file.name}: {layer} is no matrix of activations")
+    return sample
 
 
 def read_activations(
-    results: Results, runs: study.Runs, activation: str, layers: Sequence[str]
+    results: Results, runs: study.Needed, activation: str, layers: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """{layer: (n, neurons)} of the lowest seed's run that has a whole activations.npz, {} without one; and what was
     wrong with the others'."""
@@ -350,12 +431,12 @@ def read_activations(
     problems = []
     for name in drawn[wanted].sort_values("seed")["run"]:
         try:
-            with open_regular(results.folders[name] / "activations.npz") as file, zipfile.ZipFile(file) as archive:
-                return {layer: read_layer(archive, layer) for layer in layers}, problems
+            sample = read_sample(results.folders[name], layers)
+            return {layer: values[:, :KDE_NEURONS] for layer, values in sample.items()}, problems
         except FileNotFoundError:
             continue
-        except Exception as error:  # truncated, another program's: zip files fail in many ways
-            problems.append(f"{name}: activations.npz: {getattr(error, 'strerror', None) or error}")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: {getattr(error, 'strerror', None) or error}")
     return {}, problems
 
 
@@ -500,7 +581,7 @@ RANKS = "Effective rank (99 % of the singular values' sum) of z; right-hand axis
 CENTRED = "Left: of z as it is, as in the paper; right: of z minus each neuron's mean."
 GAME_SCORE = f"Mean return of the last {LAST_GAMES} games. Line and band: mean and standard deviation over seeds."
 DENSITY = (
-    f"Kernel densities of neurons 1 to {KDE_NEURONS} after training DQN on {study.FIGURES['4'].games[0]} (lowest "
+    f"Kernel densities of neurons 1 to {KDE_NEURONS} after training DQN on {RUNS_OF_FIGURES['4'].games[0]} (lowest "
     f"seed), each scaled to its own peak; dead: the peak reaches {DEAD_THRESHOLD:.0f}."
 )
 STUDY = (
@@ -511,30 +592,39 @@ STUDY = (
     f"Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
 )
 STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "std_dead_neurons", "effective_rank_centred")
+WHERE = (
+    "Where networks die: the share of each layer's units that are constant (standard deviation over the observations "
+    "below 0.001; of a channel, at every position). The network's input is below, its representation z on top; the "
+    "factors of a LaN stand below their product. A layer has a strip for each seed, the lowest seed on top; grey: not "
+    "measured. A layer above a dark one can only be constant too. Observations that hardly differ, as those of random "
+    "play, make a z constant that nobody has trained yet."
+)
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
 NORMALIZED = ("normalized_score",)
 
-# One entry adds a figure; its name is its file's. `study.FIGURES` says of which runs.
+# One entry adds a figure; its name is its file's. `study.RUNS_OF_FIGURES` says of which runs.
 FIGURES = {
-    "study_dqn": Plot(draw_study, f"DQN: return, dead neurons, rank. {STUDY}", study.FIGURES["5a"], STUDY_QUANTITIES),
-    "study_ppo": Plot(draw_study, f"PPO: return, dead neurons, rank. {STUDY}", study.FIGURES["8"], STUDY_QUANTITIES),
+    "study_dqn": Plot(draw_study, f"DQN: return, dead neurons, rank. {STUDY}", RUNS_OF_FIGURES["5a"], STUDY_QUANTITIES),
+    "study_ppo": Plot(draw_study, f"PPO: return, dead neurons, rank. {STUDY}", RUNS_OF_FIGURES["8"], STUDY_QUANTITIES),
+    "layers_dqn": Plot(draw_layers, f"DQN. {WHERE}", RUNS_OF_FIGURES["5a"]),
+    "layers_ppo": Plot(draw_layers, f"PPO. {WHERE}", RUNS_OF_FIGURES["8"]),
     "fig01_dqn_relu_tanh": Plot(
         draw_panels,
         f"DQN with a ReLU or a tanh representation. {SCORE} {BAND}",
-        study.FIGURES["1"],
+        RUNS_OF_FIGURES["1"],
         NORMALIZED,
     ),
     "fig04_dqn_densities": Plot(
         draw_densities,
         f"Representation z without and with a LaN. {DENSITY}",
-        study.FIGURES["4"],
+        RUNS_OF_FIGURES["4"],
         ("tanh z", "tanh-lan z"),
     ),
-    "fig05a_dqn_normalized": Plot(draw_panels, f"DQN. {SCORE} {BAND}", study.FIGURES["5a"], NORMALIZED),
+    "fig05a_dqn_normalized": Plot(draw_panels, f"DQN. {SCORE} {BAND}", RUNS_OF_FIGURES["5a"], NORMALIZED),
     "fig05b_dqn_ablations": Plot(
         draw_panels,
         f"DQN against layer normalisation and twice the width. {SCORE} {BAND}",
-        study.FIGURES["5b"],
+        RUNS_OF_FIGURES["5b"],
         NORMALIZED,
     ),
     "fig06a_dqn_dead_neurons": Plot(
@@ -543,32 +633,32 @@ FIGURES = {
         "scale; by a standard deviation below 0.001 (middle); and by the kernel density after dividing z by the "
         "layer's typical standard deviation (right). That last count has no value where more than "
         f"{100 * MOSTLY_CONSTANT:.0f} % of a run's z is constant; where one run has none, nor has the line. {BAND}",
-        study.FIGURES["6"],
+        RUNS_OF_FIGURES["6"],
         ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled"),
     ),
     "fig06b_dqn_effective_rank": Plot(
-        draw_panels, f"DQN. {RANKS} {CENTRED} {BAND}", study.FIGURES["6"], RANK_QUANTITIES
+        draw_panels, f"DQN. {RANKS} {CENTRED} {BAND}", RUNS_OF_FIGURES["6"], RANK_QUANTITIES
     ),
     "fig07_dqn_variants": Plot(
         draw_panels,
         f"DQN with SELU, a sum of two tanh layers (+LaN) and a product of three (2×LaN). {SCORE} {BAND}",  # noqa: RUF001
-        study.FIGURES["7"],
+        RUNS_OF_FIGURES["7"],
         NORMALIZED,
     ),
-    "fig08a_ppo_normalized": Plot(draw_panels, f"PPO. {SCORE} {BAND}", study.FIGURES["8"], NORMALIZED),
+    "fig08a_ppo_normalized": Plot(draw_panels, f"PPO. {SCORE} {BAND}", RUNS_OF_FIGURES["8"], NORMALIZED),
     "fig08b_ppo_effective_rank": Plot(
-        draw_panels, f"PPO. {RANKS} {CENTRED} {BAND}", study.FIGURES["8"], RANK_QUANTITIES
+        draw_panels, f"PPO. {RANKS} {CENTRED} {BAND}", RUNS_OF_FIGURES["8"], RANK_QUANTITIES
     ),
     "fig10_dqn_factor_densities": Plot(
         draw_densities,
         f"The factors of a LaN, their product, and tanh without a LaN. {DENSITY}",
-        study.FIGURES["10"],
+        RUNS_OF_FIGURES["10"],
         ("tanh-lan z_enc z_star", "tanh-lan z", "tanh z"),
     ),
     "fig11_dqn_sigmoid_densities": Plot(
         draw_densities,
         f"Representation z of tanh and sigmoid, without and with a LaN. {DENSITY}",
-        study.FIGURES["11"],
+        RUNS_OF_FIGURES["11"],
         ("tanh z", "tanh-lan z", "sigmoid z", "sigmoid-lan z"),
     ),
     "fig13_dqn_dying_probability": Plot(
@@ -579,27 +669,27 @@ FIGURES = {
         "single layer after training (squares); line: Table 1, of independent neurons; dashed: no change. A product of "
         "two small numbers is smaller still, and this count takes small activations for dead ones: what lies above the "
         "line need not have died.",
-        study.FIGURES["13"],
+        RUNS_OF_FIGURES["13"],
     ),
     "fig14_dqn_relu_lan": Plot(
         draw_panels,
         f"DQN with ReLU, without and with a LaN: score, dead neurons, effective rank. {SCORE} {BAND}",
-        study.FIGURES["14"],
+        RUNS_OF_FIGURES["14"],
         ("normalized_score", "dead_neurons", "effective_rank"),
     ),
     "fig15_dqn_human_normalized": Plot(
         draw_panels,
         f"DQN; 0 and 1 are a random and a human player's score in each game. {BAND}",
-        study.FIGURES["15"],
+        RUNS_OF_FIGURES["15"],
         ("human_normalized_score",),
     ),
-    "fig16_dqn_games": Plot(draw_games, f"DQN in every game. {GAME_SCORE}", study.FIGURES["16"]),
-    "fig17_ppo_games": Plot(draw_games, f"PPO in every game. {GAME_SCORE}", study.FIGURES["17"]),
+    "fig16_dqn_games": Plot(draw_games, f"DQN in every game. {GAME_SCORE}", RUNS_OF_FIGURES["16"]),
+    "fig17_ppo_games": Plot(draw_games, f"PPO in every game. {GAME_SCORE}", RUNS_OF_FIGURES["17"]),
 }
 
 
 def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
-    """FIGURES, and two of every algorithm that has none there."""
+    """FIGURES, and three of every algorithm that has none there."""
     figures = dict(FIGURES)
     for algorithm in algorithms:
         if activations_of_study(algorithm):
@@ -607,10 +697,11 @@ def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", algorithm)[:60]
         while f"study_{name}" in figures:  # of another algorithm, whose name differs in what no file's name may hold
             name += "-"
-        runs = study.Runs(algorithm)
+        runs = study.Needed(algorithm)
         figures[f"study_{name}"] = Plot(
             draw_study, f"{algorithm}: return, dead neurons, rank. {STUDY}", runs, STUDY_QUANTITIES
         )
+        figures[f"layers_{name}"] = Plot(draw_layers, f"{algorithm}. {WHERE}", runs)
         figures[f"games_{name}"] = Plot(draw_games, f"{algorithm} in every game. {GAME_SCORE}", runs)
     return figures
 
@@ -659,7 +750,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
         for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata)
-            write_whole(out_dir / f"{name}.{suffix}", buffer.getvalue())
+            files.replace(out_dir / f"{name}.{suffix}", lambda file, picture=buffer: file.write(picture.getbuffer()))
     caption = [plot.caption, *about_normalization(results, plot)]
     if not missing:
         return Drawn(buffer.getvalue(), " ".join(caption), "")

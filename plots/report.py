@@ -6,18 +6,19 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
 
 from lan_utils import study
-from plots.events import write_whole
+from lan_utils.files import replace
 from plots.results import (
     GRID_POINTS,
     MOSTLY_CONSTANT,
+    RecordedRun,
     Results,
-    Run,
     activations_of,
     algorithms_of,
     missing_runs,
@@ -35,6 +36,7 @@ from plots.statistics import (
 )
 
 CURVE_STRIDE = 5  # 201 points of a curve are written
+CURVE_COLUMNS = ("algorithm", "game", "activation", "seed", "agent_steps", "quantity", "value")
 NOTHING = "–"  # noqa: RUF001
 TABLES = ("results.csv", "curves.csv.gz", "claims.csv", "results.md")  # files of `--only tables`; index.html needs all
 
@@ -227,7 +229,7 @@ SUMMARY = {  # columns of Table 2
 }
 
 
-def make_tables(results: Results, runs: Sequence[Run]) -> list[Table]:
+def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
     """Table 2, aggregates and scores by game.
 
     Args:
@@ -303,17 +305,28 @@ def make_tables(results: Results, runs: Sequence[Run]) -> list[Table]:
 # ------------------------------------------------------------------------------------------------- files
 
 
+def write_text(file: Path, text: str) -> None:
+    replace(file, lambda opened: opened.write(text.encode()))
+
+
 def write_csv(table: pd.DataFrame, file: Path) -> None:
-    write_whole(file, table.to_csv(index=False, lineterminator="\n").encode())
+    write_text(file, table.to_csv(index=False, lineterminator="\n"))
 
 
 def write_curves(results: Results, file: Path) -> None:
     """curves.csv.gz: every CURVE_STRIDE-th point of the grid that has a value, agent steps rounded to whole ones."""
-    is_written = np.arange(len(results.curves)) % GRID_POINTS % CURVE_STRIDE == 0
-    curves = results.curves[is_written & results.curves["value"].notna()]
-    curves = curves.assign(agent_steps=curves["agent_steps"].round().astype(np.int64))
-    text = curves.to_csv(index=False, lineterminator="\n", float_format="%.6g")
-    write_whole(file, gzip.compress(text.encode(), compresslevel=1, mtime=0))
+    values = [curve.values[::CURVE_STRIDE] for curve in results.curves]
+    points = len(range(0, GRID_POINTS, CURVE_STRIDE))
+    columns: dict[str, Any] = {}
+    for name in ("algorithm", "game", "activation", "seed", "quantity"):
+        codes, names = pd.factorize(np.array([getattr(curve, name) for curve in results.curves], object))
+        columns[name] = pd.Categorical.from_codes(np.repeat(codes, points), categories=names)
+    steps = {name: results.grid(name)[::CURVE_STRIDE].round().astype(np.int64) for name in results.lengths}
+    columns["agent_steps"] = np.concatenate([steps[curve.algorithm] for curve in results.curves] or [[]])
+    columns["value"] = np.concatenate(values or [[]])
+    curves = pd.DataFrame(columns)[list(CURVE_COLUMNS)]
+    text = curves[curves["value"].notna()].to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    replace(file, lambda opened: opened.write(gzip.compress(text.encode(), compresslevel=1, mtime=0)))
 
 
 def as_markdown(table: Table) -> str:
@@ -337,7 +350,7 @@ def write_markdown(
     parts = ["# Results\n", summary + "\n", *map(as_markdown, tables)]
     parts += ["## Figures\n", *(f"- `{name}` {caption}" for name, caption in captions.items())] if captions else []
     parts += ["\n## Missing or left out\n", *(f"- {line}" for line in messages)] if messages else []
-    write_whole(file, ("\n".join(parts) + "\n").encode())
+    write_text(file, "\n".join(parts) + "\n")
 
 
 def every_run(results: Results) -> Table:
@@ -368,8 +381,7 @@ def write_page(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("page.html")
-    text = page.render(summary=summary, messages=messages, figures=shown, tables=tables)
-    write_whole(file, text.encode())
+    write_text(file, page.render(summary=summary, messages=messages, figures=shown, tables=tables))
 
 
 def title_of(name: str) -> str:

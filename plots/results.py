@@ -1,33 +1,29 @@
-"""Run folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
+"""RecordedRun folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
 
-import contextlib
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lan_utils import study
 from lan_utils.cli import BadInput
+from lan_utils.files import read_json
 from plots import statistics
-from plots.events import REPRESENTATION, RETURN, Points, open_regular
+from plots.events import LAYERS, REPRESENTATION, RETURN, Points
 from plots.statistics import LAST_GAMES, ByGame, Curves
 
 GRID_POINTS = 1001  # of the common grid of agent steps, from 0 to the end of the training
 LENGTH_TOLERANCE = 0.01  # runs whose lengths differ by no more are equally long
-MAX_JSON = 1_000_000  # bytes of a config.json or status.json
-MAX_STEPS = 2**62  # agent steps, seeds: what an int64 holds
 
-STATES = ("running", "stopped", "failed", "finished")  # of status.json
 MOSTLY_CONSTANT = 0.99  # as in metrics.py: where more of a layer is constant, the scaled count has no value
-FACTORS = ("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_z_star2")
+FACTORS = "dead_neurons_z_"  # and the factor's name: a quantity of each
 # Final values in results.csv: what other programs rely on first.
 FINAL_VALUES = (
     *("final_return", "normalized_score", "human_normalized_score"),
@@ -36,11 +32,10 @@ FINAL_VALUES = (
     *("feature_norm", "dead_factors"),
 )
 RUN_COLUMNS = ("algorithm", "game", "activation", "seed", "agent_steps", "finished")
-CURVE_COLUMNS = ("algorithm", "game", "activation", "seed", "agent_steps", "quantity", "value")
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """A run's folder, and what was read from it."""
 
     folder: Path
@@ -67,7 +62,7 @@ class Run:
     @property
     def planned_steps(self) -> int:
         planned = self.flags.get("total_timesteps")
-        return planned if type(planned) is int and 0 < planned < MAX_STEPS else self.agent_steps
+        return planned if isinstance(planned, int) and planned > 0 else self.agent_steps
 
 
 def printable(text: str) -> str:
@@ -82,61 +77,30 @@ RUN_NAME = re.compile(
 )
 
 
-def read_json(path: Path) -> Any:
-    """The content of a small JSON file.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError: it is too large, too deeply nested, or no JSON.
-    """
-    with open_regular(path) as file:
-        content = file.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise ValueError(f"larger than {MAX_JSON:,} bytes")
-    try:
-        found = json.loads(content)
-        json.dumps(found)  # its parts are compared as JSON later
-        return found
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
-
-
 def is_finished(folder: Path) -> bool:
-    """By status.json; where there is none that can be understood, by a model.pt that is not empty."""
-    try:
-        state = read_json(folder / "status.json")["state"]
-        if state in STATES:
-            return state == "finished"
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass
-    try:
-        with open_regular(folder / "model.pt") as file:
-            return file.read(1) != b""
-    except OSError:
-        return False
+    """By status.json; where there is none that can be read, by a model.pt that is not empty."""
+    state = read_json(folder / "status.json").get("state")
+    if isinstance(state, str):
+        return state == "finished"
+    weights = folder / "model.pt"
+    return weights.exists() and weights.stat().st_size > 0
 
 
-def read_config(folder: Path) -> Run:
-    """A run without its points.
-
-    Raises:
-        OSError, ValueError: config.json is missing, unreadable or not that of a run.
-    """
+def read_config(folder: Path) -> RecordedRun | None:
+    """A run without its points; None where config.json is missing, unreadable or not that of a run."""
     config = read_json(folder / "config.json")
-    flags = config.get("args") if isinstance(config, dict) else None
+    flags = config.get("args")
     if not isinstance(flags, dict):
-        raise ValueError("no args")
-    names = config.get("algorithm"), flags.get("env_id"), flags.get("activation")
-    if not all(isinstance(name, str) and name for name in names):
-        raise ValueError("no algorithm, env_id or activation")
+        return None
+    names, seed = (config.get("algorithm"), flags.get("env_id"), flags.get("activation")), flags.get("seed")
+    if not all(isinstance(name, str) and name for name in names) or not isinstance(seed, int):
+        return None
     algorithm, env_id, activation = map(printable, names)
-    seed = flags.get("seed")
-    if type(seed) is not int or abs(seed) >= MAX_STEPS:
-        raise ValueError("no whole seed")
-    return Run(folder, algorithm, env_id.removesuffix("NoFrameskip-v4"), activation, seed, flags, is_finished(folder))
+    game = env_id.removesuffix("NoFrameskip-v4")
+    return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder))
 
 
-def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
+def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[RecordedRun], list[str]]:
     """The runs in a folder, without their points, and a message on what else is there.
 
     A folder with neither a config.json nor a .lock is no run of ours, whatever its name.
@@ -153,18 +117,16 @@ def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[Run], list[str]]:
     for folder in folders:
         if folder.absolute() == out_dir.absolute():
             continue
-        try:
-            runs.append(read_config(folder))
-        except (OSError, ValueError) as error:
-            match = RUN_NAME.fullmatch(folder.name)
-            is_foreign = isinstance(error, FileNotFoundError) and not os.path.lexists(folder / ".lock")
-            if not match or is_foreign:
-                strangers.append(folder)
-                continue
-            detail = "" if isinstance(error, (OSError, json.JSONDecodeError)) else f" ({error})"
-            reason = f"config.json is missing or unreadable{printable(detail)}"
-            flags = {"exp_name": match["exp_name"]}
-            runs.append(Run(folder, "", match["game"], match["activation"], int(match["seed"]), flags, False, reason))
+        if run := read_config(folder):
+            runs.append(run)
+            continue
+        match = RUN_NAME.fullmatch(folder.name)
+        is_ours = (folder / "config.json").exists() or (folder / ".lock").exists()
+        if not match or not is_ours:
+            strangers.append(folder)
+            continue
+        named = "", match["game"], match["activation"], int(match["seed"]), {"exp_name": match["exp_name"]}
+        runs.append(RecordedRun(folder, *named, False, left_out="config.json is missing or unreadable"))
     holders = sorted({run.parent for folder in strangers for run in runs_below(folder)})
     if not runs:
         hint = "train first"
@@ -196,14 +158,11 @@ def some_of(names: Iterable[str]) -> str:
 
 def runs_below(folder: Path) -> list[Path]:
     """The run folders one and two levels below a folder."""
-    found = []
-    for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(read_config(config.parent).folder)
-    return found
+    configs = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
+    return [config.parent for config in configs if read_config(config.parent)]
 
 
-def choose_experiments(runs: Sequence[Run], exp_names: Sequence[str]) -> list[Run]:
+def choose_experiments(runs: Sequence[RecordedRun], exp_names: Sequence[str]) -> list[RecordedRun]:
     """The runs of these experiments; all of them where none is named.
 
     Of each algorithm, the runs of the first experiment named stay as they are. Every other experiment's activations
@@ -226,13 +185,13 @@ def choose_experiments(runs: Sequence[Run], exp_names: Sequence[str]) -> list[Ru
     return chosen
 
 
-def algorithms_of(runs: Sequence[Run]) -> list[str]:
+def algorithms_of(runs: Sequence[RecordedRun]) -> list[str]:
     """Those of the study first, then what the plots have never heard of."""
     found = {run.algorithm for run in runs if run.algorithm}
     return [name for name in study.ALGORITHMS if name in found] + sorted(found - set(study.ALGORITHMS))
 
 
-def activations_of(runs: Sequence[Run]) -> list[str]:
+def activations_of(runs: Sequence[RecordedRun]) -> list[str]:
     """Those of the study first, then what the plots have never heard of."""
     found = {run.activation for run in runs}
     return [name for name in study.ACTIVATIONS if name in found] + sorted(found - set(study.ACTIVATIONS))
@@ -255,7 +214,7 @@ def usual_length(all_steps: Sequence[int]) -> int:
     return max(lengths, key=lambda length: (support(length), length))
 
 
-def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
+def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str, int]:
     """Write into `left_out` of each run why it is not drawn.
 
     Returns:
@@ -268,8 +227,6 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
             run.left_out = "no point in its event files" if run.finished else "unfinished, no point yet"
         elif not run.finished and not allow_unfinished:
             run.left_out = "unfinished"
-        elif not 0 < run.agent_steps < MAX_STEPS:
-            run.left_out = "its points are at no agent step of a training"
     lengths = {}
     for algorithm in algorithms_of(runs):
         candidates = [run for run in runs if run.algorithm == algorithm and not run.left_out]
@@ -304,7 +261,7 @@ def select_runs(runs: Sequence[Run], allow_unfinished: bool) -> dict[str, int]:
     return lengths
 
 
-def describe_runs(runs: Sequence[Run]) -> list[str]:
+def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
     """What of the study is left out, missing or mixed: a line each, many runs in one."""
     lines = []
     groups = defaultdict(lambda: defaultdict(list))
@@ -344,7 +301,7 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def by_experiment(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
+def by_experiment(runs: Sequence[RecordedRun]) -> Iterator[tuple[str, str, list[RecordedRun]]]:
     """(algorithm, exp_name, runs) of each experiment; the first experiment's exp_name is ""."""
     for algorithm in algorithms_of(runs):
         found = defaultdict(list)
@@ -354,7 +311,7 @@ def by_experiment(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run]]]:
         yield from ((algorithm, exp_name, found[exp_name]) for exp_name in sorted(found))
 
 
-def missing_runs(runs: Sequence[Run]) -> dict[tuple[str, str], list[tuple[str, int]]]:
+def missing_runs(runs: Sequence[RecordedRun]) -> dict[tuple[str, str], list[tuple[str, int]]]:
     """(game, seed) that other activations of the algorithm have, and not even an unfinished run here."""
     missing = {}
     for algorithm, _, found in by_experiment(runs):
@@ -369,6 +326,17 @@ def missing_runs(runs: Sequence[Run]) -> dict[tuple[str, str], list[tuple[str, i
 # --------------------------------------------------------------------------------------------- tables
 
 
+class Curve(NamedTuple):
+    """A quantity of a drawn run over its training."""
+
+    algorithm: str
+    game: str
+    activation: str
+    seed: int
+    quantity: str
+    values: np.ndarray  # (GRID_POINTS,), NaN where the run has no value
+
+
 @dataclass
 class Results:
     """What figures and tables are made of.
@@ -376,17 +344,17 @@ class Results:
     Attributes:
         runs: one row per run found: RUN_COLUMNS, FINAL_VALUES (NaN where a run has none), then `drawn` (bool), `run`
             (the folder's name) and `note` (why it is left out, what is damaged).
-        curves: CURVE_COLUMNS; every quantity of every drawn run on the algorithm's grid of GRID_POINTS agent steps,
-            NaN where it has no value. Quantities are `score` (mean return of the last 100 games), `normalized_score`
-            (Eq. 6), `human_normalized_score` (Eq. 7), the last parts of the `representation/` tags, and `dead_factors`,
-            the mean over a LaN's factors of their dead neurons.
+        curves: every quantity of every drawn run on the algorithm's grid. Quantities are `score` (mean return of the
+            last 100 games), `normalized_score` (Eq. 6), `human_normalized_score` (Eq. 7), the last parts of the
+            `representation/` tags, the `layers/` tags whole, and `dead_factors`, the mean over a LaN's factors of their
+            dead neurons.
         lengths: agent steps at the end of each algorithm's grid.
         folders: of the drawn runs, by `run`.
         scales: of the normalised score, by algorithm and game; none where there is no ReLU baseline.
     """
 
     runs: pd.DataFrame
-    curves: pd.DataFrame
+    curves: list[Curve]
     lengths: dict[str, int]
     folders: dict[str, Path]
     scales: dict[tuple[str, str], statistics.Scale] = field(default_factory=dict)
@@ -399,18 +367,18 @@ class Results:
     def _groups(self) -> dict[tuple[str, str, str], Curves]:
         """The curves by algorithm, activation and quantity."""
         found: dict[tuple[str, str, str], Curves] = defaultdict(lambda: defaultdict(dict))
-        keys = ["algorithm", "activation", "quantity", "game", "seed"]
-        values = self.curves["value"].to_numpy()
-        for (algorithm, activation, quantity, game, seed), at in self.curves.groupby(
-            keys, observed=True
-        ).indices.items():
-            found[algorithm, activation, quantity][game][int(seed)] = values[at]
+        for curve in self.curves:
+            found[curve.algorithm, curve.activation, curve.quantity][curve.game][curve.seed] = curve.values
         return found
 
     def select_curves(self, algorithm: str, activation: str, quantity: str, game: str | None = None) -> Curves:
         """Of the runs that have this quantity, in one game or in all."""
         found = self._groups.get((algorithm, activation, quantity), {})
         return {name: dict(seeds) for name, seeds in found.items() if game in (None, name)}
+
+    def quantities(self, algorithm: str, activation: str) -> set[str]:
+        """Those of which a run has a curve."""
+        return {quantity for *group, quantity in self._groups if group == [algorithm, activation]}
 
     def final_values(self, algorithm: str, activation: str, quantity: str) -> ByGame:
         """{game: {seed: value}} of the drawn runs that have it."""
@@ -443,7 +411,7 @@ def without_rounding(points: dict[str, Points]) -> dict[str, Points]:
     return points | {tag: found}
 
 
-def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
+def curves_of(run: RecordedRun, grid: np.ndarray) -> dict[str, np.ndarray]:
     """{quantity: (grid,)} of a run's own points; what needs other runs is not here."""
     # Equally long runs may have logged their last point a little earlier.
     after = grid > run.agent_steps + LENGTH_TOLERANCE * grid[-1] * run.finished
@@ -454,13 +422,13 @@ def curves_of(run: Run, grid: np.ndarray) -> dict[str, np.ndarray]:
         else:
             curve = np.interp(grid, points["step"], points["value"], left=np.nan)
         curves["score" if tag == RETURN else tag.removeprefix(REPRESENTATION)] = np.where(after, np.nan, curve)
-    factors = [curves[name] for name in FACTORS if name in curves]
+    factors = [curve for name, curve in curves.items() if name.startswith(FACTORS)]
     if factors:
         curves["dead_factors"] = np.mean(factors, axis=0)
     return curves
 
 
-def finals_of(run: Run) -> dict[str, float]:
+def finals_of(run: RecordedRun) -> dict[str, float]:
     """Mean return of the last 100 games; the last measurement of everything else, if it has a value."""
     last = {tag: float(points["value"][-1]) for tag, points in without_rounding(run.points).items()}
     finals = {tag.removeprefix(REPRESENTATION): value for tag, value in last.items() if not np.isnan(value)}
@@ -468,13 +436,45 @@ def finals_of(run: Run) -> dict[str, float]:
         finals["final_return"] = float(np.mean(run.points[RETURN]["value"][-LAST_GAMES:], dtype=float))
     if "effective_rank" in finals:
         finals["rank_share"] = finals["effective_rank"] / study.style(run.activation).width
-    factors = [finals[name] for name in FACTORS if name in finals]
+    factors = [value for name, value in finals.items() if name.startswith(FACTORS)]
     if factors:
         finals["dead_factors"] = float(np.mean(factors))
     return finals
 
 
-def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results, list[str]]:
+def in_network_order(layers: Iterable[str]) -> list[str]:
+    """Names of layers from the network's input to z; a layer's factors (`z_enc`, ...) come before it."""
+    names = set(layers)
+
+    def place(name: str) -> tuple[bool, str, bool, str]:
+        whole = next((other for other in names if name.startswith(f"{other}_")), name)
+        return whole == "z", whole, whole == name, name
+
+    return sorted(names, key=place)
+
+
+def layers_of(quantities: Iterable[str]) -> list[str]:
+    """Of which layers these quantities, or tags, say how many units are constant."""
+    found = (name.removeprefix(LAYERS).removesuffix("/constant") for name in quantities if is_of_layers(name))
+    return in_network_order(found)
+
+
+def is_of_layers(quantity: str) -> bool:
+    return quantity.startswith(LAYERS) and quantity.endswith("/constant")
+
+
+def most_constant(finals: dict[str, float]) -> tuple[str, float] | None:
+    """The layer with most constant units, of equals the lowest, and their share; None where it is z, or unknown.
+
+    Args:
+        finals: of `finals_of`.
+    """
+    shares = {layer: finals[f"{LAYERS}{layer}/constant"] for layer in layers_of(finals)}
+    layer = max(shares, key=shares.__getitem__, default="z")
+    return (layer, shares[layer]) if shares.get(layer, 0.0) > shares.get("z", 0.0) else None
+
+
+def make_results(runs: Sequence[RecordedRun], lengths: dict[str, int]) -> tuple[Results, list[str]]:
     """The tidy tables, and which scores could not be normalised and why."""
     finals = [finals_of(run) for run in runs]
     curves: list[dict[str, np.ndarray]] = []
@@ -510,11 +510,16 @@ def make_results(runs: Sequence[Run], lengths: dict[str, int]) -> tuple[Results,
                 if "score" in curves[i] and not np.isnan(statistics.normalized(0.0, ends)):
                     curves[i][quantity] = statistics.normalized(curves[i]["score"], ends)
     folders = {run.name: run.folder for run in runs if not run.left_out}
-    results = Results(runs_table(runs, finals), curves_table(runs, curves, lengths), lengths, folders, scales)
+    found = [
+        Curve(run.algorithm, run.game, run.activation, run.seed, quantity, values)
+        for run, quantities in zip(runs, curves, strict=True)
+        for quantity, values in quantities.items()
+    ]
+    results = Results(runs_table(runs, finals), found, lengths, folders, scales)
     return results, list(dict.fromkeys(messages))
 
 
-def runs_table(runs: Sequence[Run], finals: Sequence[dict[str, float]]) -> pd.DataFrame:
+def runs_table(runs: Sequence[RecordedRun], finals: Sequence[dict[str, float]]) -> pd.DataFrame:
     rows = []
     for run, values in zip(runs, finals, strict=True):
         row = {name: getattr(run, name) for name in RUN_COLUMNS}
@@ -523,24 +528,3 @@ def runs_table(runs: Sequence[Run], finals: Sequence[dict[str, float]]) -> pd.Da
         rows.append(row | {"drawn": not run.left_out, "run": run.name, "note": printable(note)})
     table = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *FINAL_VALUES, "drawn", "run", "note"])
     return table.sort_values(["algorithm", "game", "activation", "seed", "run"], ignore_index=True)
-
-
-def curves_table(runs: Sequence[Run], curves: Sequence[dict[str, np.ndarray]], lengths: dict[str, int]) -> pd.DataFrame:
-    pieces = [
-        (run, quantity, curve) for run, found in zip(runs, curves, strict=True) for quantity, curve in found.items()
-    ]
-    columns: dict[str, Any] = {}
-    for name in ("algorithm", "game", "activation"):
-        columns[name] = repeated([getattr(run, name) for run, _, _ in pieces])
-    columns["seed"] = np.repeat(np.array([run.seed for run, _, _ in pieces], np.int64), GRID_POINTS)
-    grids = {name: np.linspace(0, length, GRID_POINTS) for name, length in lengths.items()}
-    columns["agent_steps"] = np.concatenate([grids[run.algorithm] for run, _, _ in pieces] or [np.empty(0)])
-    columns["quantity"] = repeated([quantity for _, quantity, _ in pieces])
-    columns["value"] = np.concatenate([curve for _, _, curve in pieces] or [np.empty(0)])
-    return pd.DataFrame(columns)[list(CURVE_COLUMNS)]
-
-
-def repeated(values: Sequence[str]) -> pd.Categorical:
-    """Each value GRID_POINTS times."""
-    codes, names = pd.factorize(np.array(values, object), sort=True)
-    return pd.Categorical.from_codes(np.repeat(codes, GRID_POINTS), categories=names)

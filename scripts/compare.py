@@ -4,7 +4,8 @@ python scripts/compare.py RUN_FOLDER RUN_FOLDER --out compare.png
 python scripts/compare.py runs/Breakout*__1 --exp-name dqn_atari_lan lr1e-4   (of two experiments, side by side)
 
 The study's figures take many runs (`plot_results.py`); this is for two or three, finished or not. In the upper row a
-column is a neuron and a row an observation of activations.npz, which a run writes when it finishes.
+column is a neuron and a row an observation of activations.npz, which a run writes when it finishes. The lowest row
+shows which layer of the network died, and when.
 """
 
 import sys
@@ -17,15 +18,19 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
-from lan_utils.cli import BadInput, leave, one_line_errors, parse
+from lan_utils.cli import BadInput, launch
+from lan_utils.files import replace
 from plots import figures, matplotlib
-from plots.events import REPRESENTATION, read_events, write_whole
-from plots.figures import Axes, Figure, Line2D
+from plots.events import LAYERS, REPRESENTATION, read_events
+from plots.figures import Axes, Figure, Line2D, SubFigure
 from plots.results import (
+    GRID_POINTS,
     MOSTLY_CONSTANT,
-    Run,
+    RecordedRun,
     choose_experiments,
     finals_of,
+    layers_of,
+    most_constant,
     read_config,
     runs_below,
     without_rounding,
@@ -48,18 +53,17 @@ class Args:
     """the picture, which is replaced where there is one"""
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """A run with its points.
 
     Raises:
         BadInput: it is no run's folder, or nothing was measured in it yet.
     """
-    try:
-        run = read_config(folder)
-    except (OSError, ValueError):
+    run = read_config(folder)
+    if run is None:
         inside = runs_below(folder)
         hint = f"; name a run in it, e.g. {inside[0]}" if inside else ""
-        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}") from None
+        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
     run.points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
     if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
@@ -67,7 +71,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def labels_of(runs: list[Run]) -> list[str]:
+def labels_of(runs: list[RecordedRun]) -> list[str]:
     """The activations; where two runs have the same, their folders' names."""
     labels = [figures.label_of(run.activation) for run in runs]
     return labels if len(set(labels)) == len(labels) else [figures.plain(run.name, 60) for run in runs]
@@ -76,27 +80,30 @@ def labels_of(runs: list[Run]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- table
 
 
-def table(runs: list[Run]) -> list[str]:
+def table(runs: list[RecordedRun]) -> list[str]:
     """The newest measurement of each run, a line per quantity."""
     finals = [finals_of(run) for run in runs]
     widths = sorted({study.style(run.activation).width for run in runs})
-    rows = (
+    quantities = (
         ("neurons dead", DEAD, "{:.1%}", "the paper's count, after dividing z by its scale"),
         ("  as in the paper", "dead_neurons", "{:.1%}", "a small z counts as dead, varied or not"),
         ("  constant", CONSTANT, "{:.1%}", "standard deviation below 0.001"),
         ("effective rank", "effective_rank", "{:.0f}", f"of {' or '.join(map(str, widths))}"),
         ("return", "final_return", "{:.2f}", "mean of the last 100 games"),
     )
-    labels = labels_of(runs)
-    columns = [max(10, len(label)) + 2 for label in labels]
-    lines = [" " * 17 + "".join(label.rjust(width) for label, width in zip(labels, columns, strict=True))]
-    for name, key, form, meaning in rows:
+    rows = [("", labels_of(runs), "")]
+    for name, key, form, meaning in quantities:
         values = [form.format(final[key]) if key in final else "-" for final in finals]
         if key == DEAD and "-" in values:
             meaning += f"; none where over {100 * MOSTLY_CONSTANT:.0f} % are constant"
-        line = f"{name:17}" + "".join(value.rjust(width) for value, width in zip(values, columns, strict=True))
-        lines.append(f"{line}   {meaning}")
-    return lines
+        rows.append((name, values, meaning))
+    if any(worst := [most_constant(final) for final in finals]):
+        values = [f"{found[0]} {found[1]:.1%}" if found else "-" for found in worst]
+        rows.insert(4, ("  below z", values, "the layer with most constant units, where it is not z"))
+    columns = [max(10, *map(len, values)) + 2 for values in zip(*(values for _, values, _ in rows), strict=True)]
+    return [
+        f"{name:17}{''.join(map(str.rjust, values, columns))}   {meaning}".rstrip() for name, values, meaning in rows
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- picture
@@ -105,11 +112,9 @@ def table(runs: list[Run]) -> list[str]:
 def read_z(folder: Path) -> np.ndarray | None:
     """z of activations.npz, (n, width); None where there is none that can be read."""
     try:
-        with np.load(folder / "activations.npz", allow_pickle=False) as arrays:
-            z = arrays["z"].astype(float)
-    except Exception:  # not written yet, truncated, another program's: zip files fail in many ways
+        return figures.read_sample(folder, ["z"])["z"]
+    except (OSError, ValueError):
         return None
-    return z if z.ndim == 2 and min(z.shape) > 1 and np.isfinite(z).all() else None
 
 
 def draw_neurons(axes: Axes, z: np.ndarray, label: str) -> None:
@@ -123,37 +128,71 @@ def draw_neurons(axes: Axes, z: np.ndarray, label: str) -> None:
     axes.grid(False)
 
 
-def draw_curve(axes: Axes, runs: list[Run], quantity: str, **style: object) -> None:
+def draw_curve(axes: Axes, runs: list[RecordedRun], quantity: str, **style: object) -> None:
     for run in runs:
         points = run.points.get(f"{REPRESENTATION}{quantity}")
         if points is not None:
             look = figures.look_of(run.activation) | {"linestyle": "-"} | style
             axes.plot(points["step"], points["value"], **look)
-    length = max(int(run.points[f"{REPRESENTATION}{CONSTANT}"]["step"][-1]) for run in runs)
-    figures.finish_axes(axes, length, quantity)
+    figures.finish_axes(axes, last_step(runs), quantity)
 
 
-def draw(runs: list[Run]) -> Figure:
-    """Above, the neurons of each run; below, dead neurons and rank over the training."""
+def draw(runs: list[RecordedRun]) -> Figure:
+    """From above: the neurons of each run, dead neurons and rank over the training, every layer over the training."""
     labels, maps = labels_of(runs), [read_z(run.folder) for run in runs]
-    has_maps = all(z is not None for z in maps)
-    figure = Figure((7.2, 5.4 if has_maps else 2.9), layout="constrained")
-    parts = figure.subfigures(2 if has_maps else 1, 1, squeeze=False, height_ratios=[1.15, 1][: 1 + has_maps])[:, 0]
-    if has_maps:
-        for i, (axes, z) in enumerate(zip(parts[0].subplots(1, len(runs), squeeze=False)[0], maps, strict=True)):
-            finals = finals_of(runs[i])
-            dead = "nearly all neurons are constant"
-            if DEAD in finals:
-                dead = f"{finals[DEAD]:.0%} of the neurons are dead"
-            draw_neurons(axes, z, f"{labels[i]}: {dead}")
-            axes.set_ylabel("observations" if i == 0 else "")
-        parts[0].suptitle(
-            "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."
-        )
-    left, right = parts[-1].subplots(1, 2)
+    stacks = [{layer: run.points[f"{LAYERS}{layer}/constant"] for layer in layers_of(run.points)} for run in runs]
+    tallest = max(map(len, stacks))
+    heights = {"curves": 2.5}
+    if all(z is not None for z in maps):
+        heights = {"neurons": 2.9} | heights
+    if all(stacks):
+        heights["layers"] = 0.9 + 0.27 * tallest
+    figure = Figure((7.2, 0.4 + sum(heights.values())), layout="constrained")
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=list(heights.values()))[:, 0]
+    parts = dict(zip(heights, rows, strict=True))
+    if "neurons" in parts:
+        draw_maps(parts["neurons"], runs, labels, maps)
+    draw_curves(parts["curves"], runs, labels)
+    if "layers" in parts:
+        part = parts["layers"]
+        part.suptitle("Where the network dies: each layer's constant units, its input below, z on top.")
+        panels = part.subplots(1, len(runs), squeeze=False)[0]
+        for axes, stack, label in zip(panels, stacks, labels, strict=True):
+            grid = np.linspace(0, last_step(runs), GRID_POINTS)
+            between = {"left": np.nan, "right": np.nan}
+            curves = {
+                layer: np.interp(grid, found["step"], found["value"], **between) for layer, found in stack.items()
+            }
+            figures.draw_stack(axes, grid, {layer: {0: curve} for layer, curve in curves.items()}, tallest, label)
+            axes.locator_params(axis="x", nbins=5)
+        figures.add_scale(part, list(panels))
+    return figure
+
+
+def last_step(runs: list[RecordedRun]) -> int:
+    """Of any measurement."""
+    return max(int(run.points[f"{REPRESENTATION}{CONSTANT}"]["step"][-1]) for run in runs)
+
+
+def draw_maps(part: SubFigure, runs: list[RecordedRun], labels: list[str], maps: list[np.ndarray]) -> None:
+    panels = part.subplots(1, len(runs), squeeze=False)[0]
+    for i, (axes, run, z) in enumerate(zip(panels, runs, maps, strict=True)):
+        finals = finals_of(run)
+        dead = "nearly all neurons are constant"
+        if DEAD in finals:
+            dead = f"{finals[DEAD]:.0%} of the neurons are dead"
+        draw_neurons(axes, z, f"{labels[i]}: {dead}")
+        axes.set_ylabel("observations" if i == 0 else "")
+    part.suptitle(
+        "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."
+    )
+
+
+def draw_curves(part: SubFigure, runs: list[RecordedRun], labels: list[str]) -> None:
+    left, right = part.subplots(1, 2)
     draw_curve(left, runs, DEAD)
     draw_curve(left, runs, CONSTANT, **figures.STD_DEAD)
-    left.set_ylabel(figures.AXES[DEAD])
+    left.set_ylabel(figures.axis_of(DEAD).label)
     draw_curve(right, runs, "effective_rank")
     right.set_ylim(0, max(study.style(run.activation).width for run in runs))
     handles = [
@@ -161,8 +200,7 @@ def draw(runs: list[Run]) -> Figure:
         for run, label in zip(runs, labels, strict=True)
     ]
     handles.append(Line2D([], [], color=figures.GREY, label=figures.STD_DEAD_LABEL, **figures.STD_DEAD))
-    parts[-1].legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
+    part.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def main(args: Args) -> None:
@@ -174,13 +212,8 @@ def main(args: Args) -> None:
         buffer = BytesIO()
         draw(runs).savefig(buffer, format="png", metadata={"Software": None})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, buffer.getvalue())
+    replace(args.out, lambda file: file.write(buffer.getbuffer()))
 
 
 if __name__ == "__main__":
-    arguments = parse(Args)
-    try:
-        with one_line_errors():
-            main(arguments)
-    except OSError as error:
-        leave(1, f"error: cannot write {error.filename or arguments.out}: {error.strerror}")
+    launch(main, Args)

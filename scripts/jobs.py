@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lan_utils.cli import BadInput, launch
-from lan_utils.study import ACTIVATIONS, ALGORITHMS, FIGURES, GAMES, SEEDS
+from lan_utils.study import ACTIVATIONS, ALGORITHMS, GAMES, RUNS_OF_FIGURES, SEEDS
 
 
 def flag(metavar: str, text: str) -> type:
@@ -32,7 +32,7 @@ class Args:
     games: flag("LIST", ", ".join(GAMES)) = None
     activations: flag("LIST", ", ".join(ACTIVATIONS)) = None
     seeds: flag("LIST", "whole numbers; by default " + ", ".join(map(str, SEEDS))) = None
-    figure: flag("NUMBER", f"only what this one needs: {', '.join(FIGURES)}") = None
+    figure: flag("NUMBER", f"only what this one needs: {', '.join(RUNS_OF_FIGURES)}") = None
     runs_dir: flag("DIR", "where the runs go; a relative path starts at the project's folder") = None
     flags: Annotated[Positional[tuple[str, ...]], arg(metavar="-- FLAGS", help_behavior_hint="")] = ()
     """passed on to every run"""
@@ -55,10 +55,12 @@ def job_lines(args: Args) -> list[str]:
     Raises:
         BadInput
     """
-    if args.figure not in (None, *FIGURES):
-        raise BadInput(f"--figure {args.figure}: unknown figure; choose one of {','.join(FIGURES)}")
-    figure = FIGURES.get(args.figure)
-    needed = [figure] if figure else FIGURES.values()  # an algorithm or activation of no figure is there on demand
+    if args.figure not in (None, *RUNS_OF_FIGURES):
+        raise BadInput(f"--figure {args.figure}: unknown figure; choose one of {','.join(RUNS_OF_FIGURES)}")
+    figure = RUNS_OF_FIGURES.get(args.figure)
+    needed = (
+        [figure] if figure else RUNS_OF_FIGURES.values()
+    )  # an algorithm or activation of no figure is there on demand
     algorithms = chosen("--algorithms", args.algorithms, ALGORITHMS, [runs.algorithm for runs in needed])
     games = chosen("--games", args.games, GAMES, [game for runs in needed for game in runs.games])
     of_figures = [activation for runs in needed for activation in runs.activations]

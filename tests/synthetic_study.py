@@ -40,6 +40,7 @@ PROGRESS = {
 DEAD = {"relu": 0.6, "tanh": 0.4, "sigmoid": 0.45, "layernorm": 0.2, "wide-1024": 0.5, "selu": 0.3}  # at the end
 RANK = {"relu": 150, "tanh": 250, "sigmoid": 180, "tanh-lan": 380, "relu-lan": 90}
 FACTORS = {"tanh-lan": 2, "tanh-addlan": 2, "relu-lan": 2, "sigmoid-lan": 2, "tanh-2xlan": 3}
+DEATH = 0.3  # share of the training after which a layer that dies is constant
 LAN_LAW = {"tanh-lan": lambda p: p**2, "sigmoid-lan": lambda p: p, "relu-lan": lambda p: 2 * p - p**2}
 
 with open(ROOT / "results" / "atari_scores.csv") as file:
@@ -77,6 +78,21 @@ def true_measurement(name: str, activation: str, seed: int, time: np.ndarray) ->
         "dormant_neurons": 0.8 * dead,
         "feature_norm": 10 + time,
     }[name]
+
+
+def layers_of(activation: str) -> list[str]:
+    """From the input to z."""
+    factors = ["z_enc", "z_star", "z_star2"][: FACTORS.get(activation, 0)]
+    return ["conv1", "conv2", "conv3", *factors, "z"]
+
+
+def true_layer(layer: str, what: str, activation: str, seed: int, time: np.ndarray, dies: str = "") -> np.ndarray:
+    """Value of `layers/<layer>/<what>` at this share of the training; `dies` and all above it do so at DEATH."""
+    layers = layers_of(activation)
+    place = layers.index(layer)
+    is_dead = bool(dies) and place >= layers.index(dies)
+    constant = np.where(is_dead & (time >= DEATH), 1.0, 0.04 * place * time + 0.01 * (seed - 1))
+    return {"constant": constant, "dormant": 0.5 * constant, "grad_norm": (1 - constant) * (place + 1)}[what]
 
 
 def write_events(
@@ -124,6 +140,8 @@ def make_run(
     exp_name: str = "",
     histograms: bool = False,
     constant: bool = False,
+    layers: bool = True,
+    dies: str = "",
     **flags: object,
 ) -> Path:
     """Write one run's folder.
@@ -134,6 +152,8 @@ def make_run(
         noise: standard deviation of a game's score, as a share of the human's range.
         stop: share of the training after which nothing was logged any more.
         constant: all neurons, from the start; the scaled count is logged nevertheless, as runs of before did.
+        layers: whether every layer is measured; runs of before did not.
+        dies: name of a layer that dies at DEATH of the training.
         flags: of the run, beside the ones named here.
 
     Returns:
@@ -164,6 +184,12 @@ def make_run(
         if constant and name == "std_dead_neurons":
             values = np.ones(len(measured))
         points += [(f"representation/{name}", int(step), float(v)) for step, v in zip(measured, values, strict=True)]
+    for layer in layers_of(activation) if layers else ():
+        for what in ("constant", "dormant", "grad_norm"):
+            values = true_layer(layer, what, activation, seed, measured / agent_steps, dies)
+            points += [
+                (f"layers/{layer}/{what}", int(step), float(v)) for step, v in zip(measured, values, strict=True)
+            ]
     points = sorted((point for point in points if point[1] <= stop * agent_steps), key=lambda point: point[1])
     write_events(
         folder / "events.out.tfevents.1700000000.host.1.0", points, histograms=measured.tolist() if histograms else ()
@@ -221,6 +247,7 @@ def make_study(
                     make_run(
                         *(runs_dir, algorithm, game, activation, seed, agent_steps, games_per_run, measurements, noise),
                         histograms=True,
+                        dies="conv3" if activation == "tanh" and seed == 1 else "",
                     )
 
 

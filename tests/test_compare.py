@@ -2,9 +2,10 @@
 
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_script
-from synthetic_study import make_run
+from synthetic_study import make_run, write_events
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare
@@ -24,6 +25,58 @@ def test_two_experiments_are_told_apart(tmp_path, runs_dir, capsys):
     lines = compare.draw(runs).axes[0].get_lines()
     assert len({line.get_color() for line in lines}) == 3
     assert len(lines) == 2 * 3
+
+
+def panels(figure):
+    return {axes.get_title(): axes for axes in figure.axes if len(axes.get_yticklabels()) >= 4 and axes.get_images()}
+
+
+def test_the_layer_that_died_is_named_and_shown(tmp_path, runs_dir, capsys):
+    """Tanh loses conv2 at 30 % of the training, and 90 % of z; ReLU nothing, so that its z has most constant units.
+
+    Would catch: no line, or one that names z; the other run's layers in a panel; another layer or time.
+    """
+    folders = (make_run(runs_dir, "dqn", "Pong", "tanh", 1, dies="conv2"), make_run(runs_dir, "dqn", "Pong", "relu", 1))
+    write_events(folders[0] / "events.out.tfevents.1800000000", [("layers/z/constant", 100_000, 0.9)], wall_time=1.8e9)
+    write_events(
+        folders[0] / "events.out.tfevents.1800000001", [("layers/conv3/constant", 100_000, 0.95)], wall_time=1.9e9
+    )
+    compare.main(compare.Args(folders, out=tmp_path / "compare.png"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  below z")]
+    assert line.split()[2:5] == ["conv2", "100.0%", "-"]
+    figure = compare.draw([compare.read_run(folder) for folder in folders])
+    found = panels(figure)
+    assert list(found) == ["Tanh", "ReLU"]
+    for label, dead in (("Tanh", [False, True, True, True]), ("ReLU", [False] * 4)):
+        strips = [image.get_array()[0] for image in found[label].get_images()]
+        assert [strip[-1] > 0.5 for strip in strips] == dead
+    time = np.linspace(0, 1, len(strips[0]))
+    conv2 = found["Tanh"].get_images()[1].get_array()[0]
+    assert time[np.ma.filled(conv2, 0) > 0.5][0] == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("measured", [(True, True), (False, False), (True, False)])
+def test_layers_are_shown_where_all_runs_have_them(tmp_path, runs_dir, capsys, measured):
+    """Would catch: an old run that ends the comparison; an empty panel; a line where z has most constant units."""
+    names = ("tanh", "relu")
+    folders = [
+        make_run(runs_dir, "dqn", "Pong", name, 1, layers=layers) for name, layers in zip(names, measured, strict=True)
+    ]
+    compare.main(compare.Args(tuple(folders), out=tmp_path / "compare.png"))
+    assert "below z" not in capsys.readouterr().out
+    figure = compare.draw([compare.read_run(folder) for folder in folders])
+    assert len(panels(figure)) == (2 if all(measured) else 0)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, runs_dir):
+    """Would catch: a traceback; the picture that was there before lost."""
+    run = make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    (tmp_path / "file").write_text("theirs")
+    done = run_script("scripts/compare.py", run, "--out", tmp_path / "file" / "compare.png")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot use {tmp_path}/file")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "theirs"
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, runs_dir):

@@ -1,8 +1,6 @@
 import math
-import os
 
 import numpy as np
-import pytest
 from conftest import read_events
 from plots_common import STEPS, event_file, points
 from synthetic_study import make_run, write_events
@@ -26,6 +24,16 @@ def test_reads_every_point_that_tensorboard_reads(runs_dir):
     assert {tag: p.tolist() for tag, p in found.items()} == expected
     assert len(found["charts/episodic_return"]) == 12_000
     assert (last_step, problems) == (1_000_000, [])
+
+
+def test_every_layer_is_read(runs_dir):
+    """Would catch: tags of the representation only, or of some layers; a tag that nobody draws among them."""
+    folder = make_run(runs_dir, "dqn", "Pong", "tanh-lan", 1)
+    found, _, _ = events.read_events([event_file(folder)])
+    layers = {tag for tag in found if tag.startswith(events.LAYERS)}
+    names = ("conv1", "conv2", "conv3", "z_enc", "z_star", "z")
+    assert layers == {f"layers/{layer}/{what}" for layer in names for what in ("constant", "dormant", "grad_norm")}
+    assert "charts/episodic_length" not in found
 
 
 def test_a_resumed_run_counts_each_step_once(tmp_path):
@@ -155,30 +163,3 @@ def test_a_restart_that_voids_everything_leaves_nothing(tmp_path):
     found, last_step, problems = events.read_events([tmp_path / "events.1", tmp_path / "events.2"])
     assert (found, last_step) == ({}, 0)
     assert problems == ["events.2: its restart at step 0 voids 1 earlier points"]
-
-
-def test_negative_steps_are_left_out_and_said(tmp_path):
-    """Would catch: a score before the training began."""
-    write_events(tmp_path / "events", [(TAG, -5, 1.0), (TAG, 5, 2.0)])
-    found, last_step, problems = events.read_events([tmp_path / "events"])
-    assert (found[TAG].tolist(), last_step) == ([(5, 2.0)], 5)
-    assert problems == [f"{TAG}: 1 points at negative steps left out"]
-
-
-def test_a_fifo_is_no_file(tmp_path):
-    """Would catch: an open() that waits for a writer for ever."""
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="no regular file"):
-        events.open_regular(tmp_path / "fifo")
-    os.mkfifo(tmp_path / "events.out.tfevents.1")
-    assert events.read_run(tmp_path, tmp_path / "cache.npz") == ({}, 0, [])
-
-
-def test_write_whole_follows_no_link_and_leaves_nothing_behind(tmp_path):
-    """Would catch: another file written through a link that stands where ours belongs."""
-    (tmp_path / "theirs").write_text("theirs")
-    (tmp_path / "ours").symlink_to(tmp_path / "theirs")
-    events.write_whole(tmp_path / "ours", b"ours")
-    assert (tmp_path / "theirs").read_text() == "theirs"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
-    assert (tmp_path / "ours").read_bytes() == b"ours"

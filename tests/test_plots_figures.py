@@ -1,7 +1,5 @@
-import os
 import subprocess
 import sys
-import zipfile
 
 import matplotlib
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 from plots_common import STEPS, draw, make_small_study, read_study  # noqa: F401 (a fixture)
-from synthetic_study import make_run, true_measurement, write_events
+from synthetic_study import make_run, true_layer, true_measurement, write_events
 
 import metrics
 from lan_utils import study as facts
@@ -66,13 +64,6 @@ def test_densities_peak_where_the_metric_says():
     np.testing.assert_allclose(found, expected, rtol=0.02)
 
 
-def test_damaged_activations_are_missing_not_a_traceback(tmp_path, runs_dir, capsys):
-    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
-    (folder / "activations.npz").write_bytes(b"PK\x03\x04")
-    draw(runs_dir, tmp_path / "out", "fig04")
-    assert "not drawn, no Tanh run on Breakout with a whole activations.npz" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, capsys):
     """As the quickstart's: its game, dead neurons and rank; no normalised score, and the reason."""
@@ -84,61 +75,115 @@ def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, ca
     messages = capsys.readouterr().err
     assert "no normalised score, dqn Breakout: no finished ReLU baseline" in messages
     assert "not drawn, no run with a normalised score: fig01_dqn_relu_tanh, fig05a_dqn_normalized" in messages
-    assert (
-        "not drawn, no PPO run: study_ppo, fig08a_ppo_normalized, fig08b_ppo_effective_rank, fig17_ppo_games"
-        in messages
-    )
+    of_ppo = "study_ppo, layers_ppo, fig08a_ppo_normalized, fig08b_ppo_effective_rank, fig17_ppo_games"
+    assert f"not drawn, no PPO run: {of_ppo}" in messages
 
 
-# ------------------------------------------------------------------------------------------ odd samples
+DAMAGED = {
+    "truncated": lambda file: file.write_bytes(b"PK\x03\x04"),
+    "without z": lambda file: np.savez(file, y=np.zeros((64, 16))),
+    "no matrix": lambda file: np.savez(file, z=np.zeros(64)),
+    "NaN": lambda file: np.savez(file, z=np.full((64, 16), np.nan)),
+    "objects": lambda file: np.savez(file, z=np.array([{}])),
+}
 
 
-def write_npy(file, shape, dtype="<f4", content=b""):
-    """An array's header, and then whatever content."""
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-    file.write(content)
-
-
-@pytest.mark.parametrize(
-    ("shape", "content", "reason"),
-    [
-        ((3_000_000, 1000), b"", "unpacks to 12.0 GB"),
-        ((2048, 0), b"", "no matrix of activations"),
-        ((2048,), bytes(2048 * 4), "no matrix of activations"),
-        ((2, 2), np.full(4, 1e30, "<f4").tobytes(), "values that no activation has"),
-        ((2, 2), np.full(4, np.nan, "<f4").tobytes(), "values that no activation has"),
-        ((4, 4), bytes(4), "cannot reshape"),
-    ],
-)
-def test_a_sample_that_is_none_is_named_before_it_is_unpacked(tmp_path, runs_dir, capsys, shape, content, reason):
-    """Would catch: 11 GB taken for a header's word, densities of nothing, a traceback."""
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_activations_are_named_and_do_not_stop_the_others(tmp_path, runs_dir, capsys, damage):
+    """Would catch: a traceback, a figure that fails because of one run, a pickle that is loaded."""
     make_run(runs_dir, "dqn", "Breakout", "tanh-lan", 1)
     folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
-    with zipfile.ZipFile(folder / "activations.npz", "w") as archive, archive.open("z.npy", "w") as file:
-        write_npy(file, shape, content=content)
+    DAMAGED[damage](folder / "activations.npz")
     draw(runs_dir, tmp_path / "out", "fig04")
     messages = capsys.readouterr().err
     assert "drawn in part, no Tanh run on Breakout with a whole activations.npz" in messages
-    assert f"{folder.name}: activations.npz" in messages
-    assert reason in messages
+    assert messages.count(f"{folder.name}: activations.npz") == 1
+    assert messages.count("\n") == 2  # this line, and ReLU's normalised score
     assert (tmp_path / "out" / "fig04_dqn_densities.png").exists()
 
 
-def test_activations_of_1e300_are_named(tmp_path, runs_dir, capsys):
-    """Would catch: an overflow inside scipy."""
-    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
-    np.savez(folder / "activations.npz", z=np.full((64, 16), 1e300))
-    draw(runs_dir, tmp_path / "out", "fig04")
-    assert "z holds values that no activation has" in capsys.readouterr().err
+# ------------------------------------------------------------------------------------------------ layers
 
 
-def test_a_fifo_in_place_of_activations_does_not_hang(tmp_path, runs_dir, capsys):
-    """Would catch: waiting for ever for a writer."""
-    folder = make_run(runs_dir, "dqn", "Breakout", "tanh", 1)
-    (folder / "activations.npz").unlink()
-    os.mkfifo(folder / "activations.npz")
-    draw(runs_dir, tmp_path / "out", "fig04")
-    assert "activations.npz: no regular file" in capsys.readouterr().err
+def strips_of(axes):
+    """{layer: (seeds, points)} of a stack, the lowest seed first, from what is drawn: by its place and its label."""
+    labels = {
+        round(tick, 3): label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    }
+    found = {}
+    for image in axes.get_images():
+        *_, bottom, top = image.get_extent()
+        found[labels[round((bottom + top) / 2, 3)]] = np.ma.filled(image.get_array(), np.nan)[::-1]
+    return found
+
+
+def test_which_layer_died_and_when(tmp_path, runs_dir):
+    """Tanh's seed 2 of 3 loses conv3 at 30 % of the training, and z with it.
+
+    Would catch: a mean that hides one of three, the seeds or the layers in another order, another quantity, another
+    time; panels of runs that measured nothing.
+    """
+    for seed in (1, 2, 3):
+        make_run(runs_dir, "dqn", "Pong", "tanh", seed, dies="conv3" if seed == 2 else "")
+        make_run(runs_dir, "dqn", "Pong", "tanh-lan", seed)
+        make_run(runs_dir, "dqn", "Pong", "relu", seed, layers=False)
+    figure, missing = figures.draw_layers(read_study(runs_dir, tmp_path), figures.FIGURES["layers_dqn"])
+    assert missing == ["no ReLU", "no Sigmoid"]
+    tanh, lan, scale = figure.axes
+    assert [tanh.get_title(), lan.get_title(), scale.get_ylabel()] == [
+        "Tanh, 3 runs",
+        "Tanh (LaN), 3 runs",
+        "constant units",
+    ]
+    assert list(strips_of(tanh)) == ["conv1", "conv2", "conv3", "$z$"]
+    assert list(strips_of(lan)) == ["conv1", "conv2", "conv3", "$z^{enc}$", "$z^*$", "$z$"]
+    time = np.linspace(0, 1, 1001)
+    died = {
+        name: [time[np.argmax(strip > 0.5)] if (strip > 0.5).any() else None for strip in strips]
+        for name, strips in strips_of(tanh).items()
+    }
+    alive = [None] * 3
+    assert {name: seeds for name, seeds in died.items() if name != "conv3" and name != "$z$"} == {
+        "conv1": alive,
+        "conv2": alive,
+    }
+    for name in ("conv3", "$z$"):
+        assert (died[name][0], died[name][2]) == (None, None)
+        assert died[name][1] == pytest.approx(0.3, abs=0.05)  # measured 20 times
+    for layer, strips in strips_of(lan).items():
+        name = {"$z^{enc}$": "z_enc", "$z^*$": "z_star", "$z$": "z"}.get(layer, layer)
+        true = [true_layer(name, "constant", "tanh-lan", seed, 1.0) for seed in (1, 2, 3)]
+        assert strips[:, -1] == pytest.approx(np.array(true), abs=1e-6)
+        assert np.isnan(strips[:, 0]).all()  # nothing was measured yet
+
+
+def test_each_game_has_its_own_stacks(tmp_path, runs_dir):
+    """Would catch: one game's runs in another's panel; a game that an activation lacks drawn as alive."""
+    make_run(runs_dir, "ppo", "Pong", "tanh", 1, dies="conv2")
+    make_run(runs_dir, "ppo", "Qbert", "tanh", 1)
+    make_run(runs_dir, "ppo", "Qbert", "relu", 1)
+    figure, missing = figures.draw_layers(read_study(runs_dir, tmp_path), figures.FIGURES["layers_ppo"])
+    ends = {
+        axes.get_title(): [strips[0, -1] > 0.5 for strips in strips_of(axes).values()]
+        for axes in figure.axes
+        if axes.get_images()
+    }
+    assert ends == {
+        "Pong\nTanh, 1 run": [False, True, True, True],
+        "Qbert\nTanh, 1 run": [False] * 4,
+        "Qbert\nReLU, 1 run": [False] * 4,
+    }
+    assert "no ReLU in Pong" in missing
+
+
+def test_every_algorithm_has_its_layers(tmp_path, runs_dir, capsys):
+    """Would catch: a later algorithm without the figure; old runs that stop it, or that are drawn as empty stacks."""
+    make_run(runs_dir, "pqn", "Pong", "tanh", 1, dies="conv3")
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1, layers=False)
+    draw(runs_dir, tmp_path / "out", "layers")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["layers_pqn.png"]
+    messages = capsys.readouterr().err
+    assert "not drawn, no run that measured every layer: layers_dqn" in messages
 
 
 # ---------------------------------------------------------------------------------------- what is shown
@@ -166,6 +211,22 @@ def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
     assert missing == ["no Tanh", "no Sigmoid", "no Tanh (LaN)"]
     special, _ = figures.draw_panels(read_study(runs_dir, tmp_path), figures.FIGURES["fig01_dqn_relu_tanh"])
     assert len(special.axes[0].get_lines()) == 1
+
+
+@pytest.mark.parametrize("name", ["gelu", "_mine", "a$b$", "ψ-lan", "My Act_2", "x" * 80, "swish-1024", "wide-2xlan"])
+def test_a_script_may_invent_any_name(tmp_path, runs_dir, name):
+    """Would catch: a formula, a line that no legend names, a name that stops a figure, another width."""
+    make_run(runs_dir, "dqn", "Pong", name, 1)
+    read = read_study(runs_dir, tmp_path)
+    for plot in ("fig06b_dqn_effective_rank", "layers_dqn"):
+        png, caption, _ = figures.draw(read, plot, figures.FIGURES[plot], tmp_path)
+        assert png[:4] == b"\x89PNG"
+        assert "no " + name not in caption
+    figure, _ = figures.draw_panels(read, figures.FIGURES["fig06b_dqn_effective_rank"])
+    assert len(figure.legends[0].get_texts()) == 1
+    assert facts.style(name).color not in {style.color for style in facts.ACTIVATIONS.values()}
+    width = 1024 if name == "swish-1024" else 512
+    assert read.runs["rank_share"].item() == pytest.approx(read.runs["effective_rank"].item() / width)
 
 
 FEW_AND_MANY = {
@@ -263,6 +324,7 @@ def test_a_band_ends_where_its_quantity_does(tmp_path, runs_dir):
         ("std_dead_neurons", (0.0, 1.0), (0.0, 1.0)),  # 0.5 +- 0.71
         ("effective_rank_centred", (0.0, 400.0), (0.0, 482.84)),  # 200 +- 282.84
         ("normalized_score", (0.0, 1.0), (-0.2071, 1.2071)),
+        ("rank_of_deadlines", (0.0, 1.0), (-0.2071, 1.2071)),  # no entry in AXES, whatever it is called
     ):
         curves = {"Pong": {seed: np.full(2, value) for seed, value in enumerate(values)}}
         figures.draw_group(axes, grid, curves, quantity, color="black")

@@ -23,18 +23,14 @@ def make_results(runs):
     Args:
         runs: (algorithm, game, activation, seed, {final value: number}, {quantity: (grid,)})
     """
-    grid = np.linspace(0, 100, results.GRID_POINTS)
     table, curves = [], []
     for algorithm, game, activation, seed, finals, found in runs:
         head = {"algorithm": algorithm, "game": game, "activation": activation, "seed": seed}
         table.append(
             dict.fromkeys(results.FINAL_VALUES, np.nan) | head | finals | {"drawn": True, "run": "", "note": ""}
         )
-        for quantity, values in found.items():
-            curves.append(pd.DataFrame(head | {"agent_steps": grid, "quantity": quantity, "value": values}))
-    joined = pd.concat(curves) if curves else pd.DataFrame(columns=list(results.CURVE_COLUMNS))
-    joined = joined.reset_index(drop=True)
-    return results.Results(pd.DataFrame(table), joined, {run[0]: 100 for run in runs}, {})
+        curves += [results.Curve(**head, quantity=quantity, values=values) for quantity, values in found.items()]
+    return results.Results(pd.DataFrame(table), curves, {run[0]: 100 for run in runs}, {})
 
 
 def claim(claims, **wanted):
