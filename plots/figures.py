@@ -370,7 +370,8 @@ def draw_stack(axes: Axes, steps: np.ndarray, stack: dict[str, dict[int, np.ndar
 def add_scale(figure: Figure | SubFigure, panels: Sequence[Axes]) -> None:
     """The colours of `draw_stack`, beside the panels."""
     colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), LAYER_COLOURS)
-    bar = figure.colorbar(colours, ax=panels, format=PercentFormatter(1, decimals=0), aspect=30, pad=0.01)
+    two_inches = {"shrink": min(1.0, 2 * figure.dpi / figure.bbox.height), "anchor": (0.0, 1.0), "aspect": 20}
+    bar = figure.colorbar(colours, ax=panels, format=PercentFormatter(1, decimals=0), pad=0.01, **two_inches)
     bar.set_label("constant units")
     bar.outline.set_visible(False)
 

@@ -1,4 +1,4 @@
-"""RecordedRun folders -> which runs are drawn, and two tidy tables: one row per run, one row per point of a curve."""
+"""Run folders -> which runs are drawn, a tidy table of them, and their curves."""
 
 import json
 import re
