@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's idea in three minutes on two CPU cores: PPO learns Breakout twice,
-# side by side, with ReLU and with a tanh LaN as its last hidden layer; then what
-# their neurons are like, in numbers and in one picture.
-#   bash scripts/quickstart.sh             from nothing: makes .venv first
-#   bash scripts/quickstart.sh --seed 2    flags of ppo_atari_lan.py, for both
+# side by side, with ReLU and with a tanh LaN as its last hidden layer; then it
+# compares their neurons in a table and in one picture.
+#   bash scripts/quickstart.sh             makes .venv first if it is missing
+#   bash scripts/quickstart.sh --seed 2    passes flags of ppo_atari_lan.py to both
 # Everything goes into the folder quickstart/ (another one: --runs-dir DIR).
-# Ctrl-C stops both agents so that the same command goes on with them; once they
-# have finished it only shows the result again.
+# Ctrl-C stops both agents, and the same command continues them. Once they have
+# finished, it only shows the result again.
 set -euo pipefail
 
 dir=quickstart
@@ -32,7 +32,7 @@ done
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
-# A signal reaches both agents as SIGTERM, for which they save; bash lets them start deaf to Ctrl-C.
+# A signal reaches both agents as SIGTERM, on which they save: bash starts background jobs with Ctrl-C ignored.
 stopped=
 stop() {
     stopped=${stopped:-$1}
@@ -51,9 +51,9 @@ for agent in "${agents[@]}"; do
     pids[$agent]=$!
 done
 
-# The run's folder, as the training script says it: while it trains, and of a run that has finished before.
+# The run's folder, as the training script prints it at its start, or for a run that had finished before.
 folder() { sed -n 's/^  run folder  //p; s/ has finished; --overwrite trains it anew$//p' "$logs/$1" | head -n 1; }
-# A number of its status.json.
+# A number from its status.json.
 number() { sed -n "s/.*\"$2\": \([0-9]*\).*/\1/p" "$(folder "$1")/status.json" 2> /dev/null || true; }
 progress() { # what precedes the line, what ends it
     local line= agent step total=
@@ -64,7 +64,7 @@ progress() { # what precedes the line, what ends it
     done
     printf "$1  %sof %d agent steps   %d:%02d$2" "$line" "${total:-25000}" $((SECONDS / 60)) $((SECONDS % 60))
 }
-on_line= # is the cursor behind a line of progress?
+on_line= # does the cursor stand at the end of a progress line?
 end_line() { [[ -z $on_line ]] || echo; on_line=; }
 
 echo "PPO learns Breakout twice: with ReLU (relu) and with a LaN (tanh-lan) as its last hidden layer."
@@ -90,11 +90,11 @@ for agent in "${agents[@]}"; do
     ((code == 0)) || failed=${stopped:-$code}
 done
 if [[ -n $stopped ]] && ((failed)); then
-    echo "stopped; the same command goes on: $words" >&2 || true
+    echo "stopped; the same command continues: $words" >&2 || true
     exit "$stopped"
 fi
 if ((failed)); then
-    # Both agents say the same of a bad flag; what is no one-line error is shown whole.
+    # A bad flag gives the same error twice; anything but a one-line error is shown whole.
     { grep -h '^error: ' "$logs"/* || cat "$logs/${agents[0]}"; } | sort -u >&2
     exit "$failed"
 fi
@@ -107,8 +107,8 @@ echo
 .venv/bin/python scripts/compare.py "$(folder relu)" "$lan" --out "$picture"
 cat << END
 
-A dead neuron says (almost) the same whatever the observation. Most that you see of the ReLU's are so from the start.
-Not shown: a return that means anything, or the end of a training. $steps agent steps are $share % of the paper's.
+A dead neuron outputs (almost) the same value whatever the observation. Most of the ReLU's were dead from the start.
+So short a training says nothing about returns: $steps agent steps are $share % of the paper's.
 
   the picture       open $picture
   an agent's game   .venv/bin/python scripts/enjoy.py $lan --episodes 1 --video

@@ -129,7 +129,9 @@ def test_scripts_exist_and_take_the_flags_of_the_commands():
 def test_flags_exist():
     """A flag that prose goes on naming after it was renamed or removed."""
     scripts = ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "tests/synthetic_study.py"]
-    scripts += [f"scripts/{file.name}" for file in (ROOT / "scripts").iterdir() if file.suffix in (".py", ".sh")]
+    folders = ("scripts", "experiments", "benchmark")
+    files = [file for folder in folders for file in (ROOT / folder).iterdir() if file.suffix in (".py", ".sh")]
+    scripts += [str(file.relative_to(ROOT)) for file in files]
     known = FOREIGN_FLAGS.union(*map(flags_of, scripts))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text_of(page)))

@@ -56,7 +56,7 @@ def test_a_signal_stops_both_agents_so_that_they_resume(tmp_path, signum):
     quickstart.send_signal(signum)
     _, errors = quickstart.communicate(timeout=120)
     assert quickstart.returncode == 128 + signum
-    assert errors.startswith("stopped; the same command goes on: bash scripts/quickstart.sh --runs-dir")
+    assert errors.startswith("stopped; the same command continues: bash scripts/quickstart.sh --runs-dir")
     assert states(tmp_path) == {"relu": "stopped", "tanh-lan": "stopped"}
     assert len(list(tmp_path.glob("*/checkpoints/*.ckpt"))) == 2
 
