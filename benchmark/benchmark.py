@@ -513,7 +513,7 @@ def check(args: Args) -> None:
         refuse_unless(0 < n <= cores, f"--at-once {n}: each run has a core of its own; it must lie in 1 to {cores}")
     scripts = (args.against or ROOT) / "dqn_atari_lan.py"
     refuse_unless(len(args.algorithms) > 0, "--algorithms takes dqn, ppo or both")
-    refuse_unless(scripts.is_file(), f"--against {args.against} is no checkout of this project")
+    refuse_unless(scripts.is_file(), f"--against {args.against} is not a checkout of this project")
     file = record_file(args)
     try:
         refuse_unless(isinstance(json.loads(file.read_text()), dict) if file.exists() else True, "")

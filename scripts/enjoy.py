@@ -67,7 +67,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     """The algorithm's script, and every flag of the run by its snake_case name.
 
     Raises:
-        BadInput: it is no run's folder, or of an algorithm, a game or an activation that is not here.
+        BadInput: it is not a run's folder, or of an algorithm, a game or an activation that is not here.
     """
     file = folder / "config.json"
     refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")

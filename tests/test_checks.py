@@ -23,9 +23,9 @@ from status import parse_job
 BAD_INPUT = {
     "unknown game": (
         "--env-id BrekoutNoFrameskip-v4",
-        "there is no game 'BrekoutNoFrameskip-v4'; did you mean Breakout",
+        "unknown game 'BrekoutNoFrameskip-v4'; did you mean Breakout",
     ),
-    "no game at all": ("--env-id x", "there is no game 'x'; --env-id takes <Game>NoFrameskip-v4"),
+    "no game at all": ("--env-id x", "unknown game 'x'; --env-id takes <Game>NoFrameskip-v4"),
     "not Atari": ("--env-id CartPole-v1", "CartPole-v1 is not an Atari environment; --env-id takes"),
     "v5": ("--env-id ALE/Breakout-v5", "use --env-id BreakoutNoFrameskip-v4"),
     "frame skip": ("--env-id Breakout-v4", "use --env-id BreakoutNoFrameskip-v4"),

@@ -30,7 +30,7 @@ def test_bad_input_from_the_shell(script, tmp_path):
     """Would catch: a script that does not hand its main to `launch`."""
     bad = run_script(script, "--env-id", "Pnog", "--runs-dir", tmp_path / "runs")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: there is no game 'Pnog'; did you mean PongNoFrameskip-v4?\n"
+    assert bad.stderr == "error: unknown game 'Pnog'; did you mean PongNoFrameskip-v4?\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -312,7 +312,7 @@ def test_every_file_corrupted_in_turn(name, runs_dir, tmp_path, undisturbed):
     damage(folder / "config.json", "truncated")
     code, text = run(name, runs_dir)
     assert code == 0
-    assert f"warning: {folder}/config.json was gone: the checkpoints tell its flags" in text
+    assert f"warning: {folder}/config.json was missing: the checkpoints tell its flags" in text
     assert_equal(outcome(runs_dir), undisturbed(name))
 
 
