@@ -352,7 +352,7 @@ def check_relations(args: Args) -> None:
     if args.env_backend == "ale":
         refuse_unless(
             args.checkpoint_frequency == 0,
-            "--env-backend ale cannot save its games, so a run cannot resume; accept that with --checkpoint-frequency 0",
+            "--env-backend ale cannot save games, so a run cannot resume; accept that with --checkpoint-frequency 0",
         )
         require(
             args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
