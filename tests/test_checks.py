@@ -250,7 +250,7 @@ def test_a_working_ffmpeg_is_not_refused(tmp_path, monkeypatch):
 
 
 def test_the_address_space_is_a_limit_of_memory_too():
-    """As `ulimit -v` or a batch system sets it. Would catch: a run that is let begin and runs out of it."""
+    """As `ulimit -v` or a batch system sets it. Would catch: a run that begins and then runs out of memory."""
     program = "from lan_utils import checks; print(checks.free_memory())"
     limited = f"ulimit -v 12000000; exec {sys.executable} -c '{program}'"
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)

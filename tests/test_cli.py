@@ -117,7 +117,7 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys,
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    """Would catch: bugs that are told as if the user had caused them."""
+    """Would catch: bugs reported as if the user had caused them."""
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(ZeroDivisionError):
         cli.launch(raising(ZeroDivisionError("ours")), dqn.Args)

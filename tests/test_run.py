@@ -86,7 +86,7 @@ def run(name, runs_dir, *flags, sabotage=None):
 
 
 def printed(runs_dir):
-    """All that runs in a folder have said so far."""
+    """Everything that the runs in a folder have printed so far."""
     return (runs_dir / "output.txt").read_text() if (runs_dir / "output.txt").exists() else ""
 
 
@@ -106,7 +106,7 @@ def status(runs_dir):
 
 
 def outcome(runs_dir):
-    """All that must not depend on kills: weights, events, sample, and the last checkpoint with memory and game."""
+    """What must not depend on kills: weights, events, sample, and the last checkpoint with memory and game."""
     folder = run_folder(runs_dir)
     points = Counter()
     for file in folder.glob("events.*"):
