@@ -2,7 +2,7 @@
 
 python dqn_atari_lan.py --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1
 
-On a laptop, in some three minutes:
+About three minutes on a laptop:
 
 python dqn_atari_lan.py --activation tanh-lan --exp-name laptop --total-timesteps 25000 --learning-starts 2000 \
     --buffer-size 25000 --metrics-frequency 2500
@@ -114,8 +114,8 @@ class Args(RunArgs):
 def make_env(env_id: str, repeat_action_probability: float = 0.0, render_mode: str | None = None) -> gym.Env:
     """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are (4, 84, 84), newest frame last.
 
-    An episode ends with a life; `info["episode"]` tells when a whole game has ended, with its unclipped score. A
-    reset fills the stack with four copies of its frame.
+    A lost life ends an episode; `info["episode"]` reports the end of a whole game, with its unclipped score. A reset
+    fills the stack with four copies of its frame.
     """
     game = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
     stacked = FrameStackObservation(AtariWrapper(RecordEpisodeStatistics(game)), 4)
@@ -129,7 +129,7 @@ class Hidden(nn.Module):
     """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
     Args:
-        make_layer: makes each of the parallel layers, which begin with weights of their own.
+        make_layer: called once for each parallel layer, so that each has weights of its own.
     """
 
     def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
 
     @property
     def measured(self) -> dict[str, nn.Module]:
-        """The layers that are measured, by the names that are logged. One entry measures another layer."""
+        """The measured layers, by the names under which they are logged. One more entry measures another layer."""
         layers = {"conv1": self.conv1, "conv2": self.conv2, "conv3": self.conv3, "z": self.z}
         for name, layer in list(layers.items()):
             if len(layer.factors) > 1:
@@ -198,7 +198,7 @@ class QNetwork(nn.Module):
         return self.q(self.encoder(observations))
 
 
-Network = QNetwork  # by this name scripts/enjoy.py finds it
+Network = QNetwork  # the name by which scripts/enjoy.py finds it
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -210,12 +210,12 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 
 def td_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, choosing_q: Tensor, gamma: float) -> Tensor:
-    """Y of Eq. 3: the reward, and where the episode goes on the discounted value of the chosen next action.
+    """Y of Eq. 3: the reward and, unless the episode has terminated, the discounted value of the chosen next action.
 
     Args:
         rewards, terminated: (n,); a truncated episode is not terminated.
         next_q: (n, num_actions), of the target network.
-        choosing_q: (n, num_actions), whose maximum chooses: the online network's, or `next_q` for the plain target.
+        choosing_q: (n, num_actions); its maximum chooses: the online network's, or `next_q` for the plain target.
 
     Returns:
         (n,)
@@ -268,7 +268,7 @@ def memory_needed(args: Args) -> int:
 
 
 def check_relations(args: Args) -> None:
-    """Refuse flags that do not fit together, or not into this machine.
+    """Refuse flags that contradict each other, or that need more memory than is free.
 
     Raises:
         BadInput

@@ -1,4 +1,4 @@
-"""What the neurons of a network do: dead neurons and ranks, of its representation and of every layer.
+"""Dead neurons and ranks of a network's representation, and the same questions for every layer.
 
 This file needs torch and nothing else: copy it into any project. Three lines measure somebody else's agent:
 
@@ -8,7 +8,7 @@ This file needs torch and nothing else: copy it into any project. Three lines me
 
 Names are those of `q_network.named_modules()`. docs/metrics.md compares the definitions.
 
-All else are pure functions. Activations arrive as a float tensor (n, w): n observations, w neurons, on any device.
+Everything else is a pure function of activations, a float tensor (n, w): n observations, w neurons, on any device.
 "dead" always means: the neuron outputs (almost) the same value whatever the observation.
 """
 
@@ -37,9 +37,8 @@ def kde_peak_density(
 ) -> Tensor:
     """Highest value of each neuron's kernel density estimate (paper, Appendix B.1).
 
-    The density is scipy's `gaussian_kde` with Scott's rule on the jittered activations. Its mode is looked up
-    on a grid and then climbed to on the samples themselves, so what is returned is the density, not its
-    approximation on the grid.
+    The density is scipy's `gaussian_kde` with Scott's rule on the jittered activations. Its mode is first found on a
+    grid and then refined on the samples themselves, so the result is the density, not its approximation on the grid.
 
     Args:
         activations: (n, w), n >= 2, finite.
@@ -74,7 +73,7 @@ def dead_neurons(
     """
     samples = _jittered(activations, noise_variance, generator)
     bandwidth = _bandwidth(samples)
-    # No density can exceed n kernels stacked on one point: most living neurons are settled by this alone.
+    # No density can exceed n kernels stacked on one point: this alone settles most living neurons.
     undecided = K0 / bandwidth >= threshold
     dead = torch.zeros_like(undecided)
     if undecided.any():
@@ -107,7 +106,7 @@ def _peak_density(samples: Tensor, bandwidth: Tensor) -> Tensor:
     w, n = samples.shape
     constant = bandwidth == 0
     bandwidth = bandwidth.masked_fill(constant, 1.0)
-    # From here on in bandwidths above the smallest sample.
+    # From here on, positions are in bandwidths above the smallest sample.
     u = (samples - samples.amin(dim=1, keepdim=True)) / bandwidth[:, None]
 
     position = u * GRID_STEPS
@@ -124,8 +123,8 @@ def _peak_density(samples: Tensor, bandwidth: Tensor) -> Tensor:
     density = torch.fft.irfft(torch.fft.rfft(grid, n=length) * torch.fft.rfft(kernel, n=length), n=length)
     mode = density[:, reach : reach + points].argmax(dim=1, keepdim=True) / GRID_STEPS
 
-    # Mean shift never descends; from so close a start two rounds were seen to leave errors of up to 0.03 %. Where
-    # two modes differ by less than the grid's 0.2 %, it may have climbed the lower one.
+    # Mean shift never descends; from so close a start, two rounds left errors of up to 0.03 % when this was tried.
+    # If two modes differ by less than the grid's 0.2 %, it may have climbed the lower one.
     for _ in range(2):
         weight = torch.exp(-0.5 * (u - mode) ** 2)
         mode = (weight * u).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)
@@ -139,11 +138,11 @@ def dead_neurons_scaled(
     noise_variance: float = 1e-5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Which neurons are dead once the layer's own scale is out of it, which `dead_neurons` depends on.
+    """Which neurons are dead once the layer's scale, on which `dead_neurons` depends, is divided out.
 
     The activations are divided by the layer's typical standard deviation, the root mean square over neurons and
-    observations of z minus each neuron's mean; then as `dead_neurons`, jitter included. Beyond the paper. It cannot see
-    a layer that fades as a whole: it measures rounding where `std_dead_neurons` is above MOSTLY_CONSTANT.
+    observations of z minus each neuron's mean; then as `dead_neurons`, jitter included. Beyond the paper. It does not
+    see a layer that fades as a whole, and measures rounding where `std_dead_neurons` is above MOSTLY_CONSTANT.
 
     Args: as `dead_neurons`.
 
@@ -161,7 +160,7 @@ def dead_neurons_scaled(
 
 
 def effective_rank_centred(features: Tensor, delta: float = 0.01) -> int:
-    """`effective_rank` of z minus each neuron's mean: where z lies does not count. Beyond the paper.
+    """`effective_rank` of z minus each neuron's mean, so that a large mean does not count. Beyond the paper.
 
     Args: as `effective_rank`.
 
@@ -176,14 +175,14 @@ def effective_rank_centred(features: Tensor, delta: float = 0.01) -> int:
 
 
 def _centred(activations: Tensor) -> Tensor:
-    """(n, w) -> (n, w) float64, each neuron minus its mean; of a constant one nothing is left, not even rounding."""
+    """(n, w) -> (n, w) float64, each neuron minus its mean; a constant one becomes exactly 0."""
     constant = activations.amax(dim=0) == activations.amin(dim=0)
     activations = activations.double()
     return (activations - activations.mean(dim=0)).masked_fill(constant, 0)
 
 
 def effective_rank(features: Tensor, delta: float = 0.01) -> int:
-    """Smallest k whose k largest singular values hold a share of 1 - delta of their sum (Kumar et al. 2021).
+    """Smallest k such that the k largest singular values hold 1 - delta of the sum of all (Kumar et al. 2021).
 
     Singular values, not their squares; the features are not centred.
 
@@ -252,8 +251,8 @@ def pca_rank(features: Tensor, share: float = 0.99) -> int:
 def _singular_values(features: Tensor) -> Tensor:
     """(n, w) -> (min(n, w),) float64, descending."""
     _check(features)
-    # Through the Gram matrix in double precision: it resolves ratios down to 1e-8, which is all that float32
-    # features hold, in a quarter of the time.
+    # Through the Gram matrix in double precision, which takes a quarter of the time: it resolves ratios down to 1e-8,
+    # and float32 features hold no more.
     features = features.double()
     gram = features.T @ features if features.shape[0] >= features.shape[1] else features @ features.T
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
@@ -293,7 +292,7 @@ def dormant_neurons(activations: Tensor, tau: float = 0.025) -> Tensor:
 
 
 def zero_neurons(activations: Tensor) -> Tensor:
-    """Which neurons are exactly 0 on the whole sample: what a dead ReLU is (Moalla et al. 2024, in their code).
+    """Which neurons are exactly 0 on the whole sample, as a dead ReLU is (Moalla et al. 2024, in their code).
 
     Args:
         activations: (n, w), finite.
@@ -322,7 +321,7 @@ def representation_metrics(
         factors: of a LaN, by name ("z_enc", "z_star", ...), each (n, w).
         threshold: omega of `dead_neurons`.
         generator: of the jitter, on the activations' device.
-        peaks: `kde_peak_density(activations)`, where the caller has it already.
+        peaks: `kde_peak_density(activations)`, if the caller already has it.
 
     Returns:
         dead_neurons, dead_neurons_scaled, std_dead_neurons (standard deviation over the batch < 1e-3),
@@ -364,22 +363,22 @@ def record(
 ) -> dict[str, Tensor]:
     """The outputs of some modules while `network(observations)` runs: in evaluation mode, without gradients.
 
-    The network is left as it was, after an error too: training mode, gradients, no hook. Where it is compiled, or
-    wrapped for several devices, the module inside is what runs.
+    The network is left as it was, also after an error: training mode, gradients, no hook. If it is compiled, or wrapped
+    for several devices, the module inside is run.
 
     Args:
         network: any module.
         modules: by the name under which its output is returned: a module of the network, or its dotted name.
         observations: what the network takes, passed on as it is.
-        chunk: of a tensor of observations, so many at a time, which takes less memory.
+        chunk: splits a tensor of observations, so many at a time, to save memory.
 
     Returns:
         {name: output} in float32, on the network's device, observations along the first axis.
 
     Raises:
         ValueError: a module that the network does not have, does not call, or calls more than once; an output that is
-            no tensor (of a recurrent or attention module, its first output counts: the sequence); a chunk of what is
-            no tensor.
+            not a tensor (of a recurrent or attention module, the first output counts: the sequence); `chunk` with
+            observations that are not a tensor.
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in modules}
     _watch(network, modules, observations, chunk, lambda name, output: pieces[name].append(output.clone()))
@@ -389,12 +388,12 @@ def record(
 def layer_metrics(
     network: nn.Module, modules: Mapping[str, nn.Module | str], observations: Any, chunk: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """What the units of some layers do on these observations, and their gradients as they lie in the parameters.
+    """What the units of some layers do on these observations, and the gradients that their parameters hold.
 
     A unit is a neuron, or a channel of a convolution at all its positions; of a sequence (n, time, units), a neuron at
     all its times. Beyond the paper, which looks at z alone.
 
-    Args: as `record`. Name modules that end with their activation, and hold the weights, to have both counted.
+    Args: as `record`. Name modules that hold the weights and end with the activation, so that both are measured.
 
     Returns:
         {name: values}, each a fraction of the units unless said otherwise:
@@ -405,7 +404,7 @@ def layer_metrics(
         and, where the module has any, the values of `gradient_metrics`.
 
     Raises:
-        ValueError: as `record`; an output whose units cannot be told; one observation alone; NaN or infinite outputs.
+        ValueError: as `record`; an output whose units cannot be told; a single observation; NaN or infinite outputs.
     """
     return record_and_measure(network, modules, observations, chunk, keep=())[1]
 
@@ -433,14 +432,14 @@ def record_and_measure(
 
 
 def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
-    """Weights of all linear and convolutional layers of a module, and their gradients in the latest update.
+    """Norms of the weights of a module's linear and convolutional layers, and of their gradients in the latest update.
 
     Returns:
         {} without such layers; without gradients, weight_norm alone.
         weight_norm, grad_norm: L2.
         no_gradient: fraction of the module's output units whose incoming weights' gradient has an L2 norm of at most
-            tau of the layer's mean. Of an `nn.Sequential` the last layer counts; layers in any other module are taken
-            to be parallel, and all count: name a residual block's layers one by one. Missing where their widths
+            tau of the layer's mean. In an `nn.Sequential` the last layer counts; layers in any other module are taken
+            to be parallel, and all count: name a residual block's layers one by one. Missing if their widths
             differ. (GraMa, Liu et al. 2025, takes the gradient with respect to the activation.)
     """
     weights = list({layer.weight: None for layer in module.modules() if _has_weights(layer)})
@@ -494,7 +493,7 @@ def _find(network: nn.Module, modules: Mapping[str, nn.Module | str]) -> dict[st
     found = {name: own.get(module) if isinstance(module, str) else module for name, module in modules.items()}
     for name, module in found.items():
         if not any(module is each for each in own.values()):
-            raise ValueError(f"{name}: {modules[name]!r} is no module of the network; it has {names}")
+            raise ValueError(f"{name}: {modules[name]!r} is not a module of the network; it has {names}")
     return found
 
 
@@ -505,7 +504,7 @@ def _watch(
     chunk: int | None,
     see: Callable[[str, Tensor], None],
 ) -> None:
-    """Call `see(name, output)` as soon as a module has returned: a later layer may work in place."""
+    """Call `see(name, output)` as soon as a module has returned, since a later layer may work in place."""
     network, found = _unwrapped(network), _find(network, modules)
     if chunk and not isinstance(observations, Tensor):
         raise ValueError(f"chunk splits a tensor, not {type(observations).__name__}; leave it out")
@@ -513,7 +512,7 @@ def _watch(
 
     def hook(name: str, output: Any) -> None:
         if isinstance(output, tuple) and isinstance(found[name], (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
-            output = output[0]  # then come its last states, or the attention
+            output = output[0]  # the others are its last states, or the attention
         if not isinstance(output, Tensor):
             raise ValueError(f"{name} returns {type(output).__name__}, not a tensor: name the module that makes it")
         if name in called:
@@ -523,7 +522,7 @@ def _watch(
 
     modes = {module: module.training for module in network.modules()}
     hooks = []
-    # A compiled graph would not call the hooks. Importing dynamo takes seconds, and without it nothing is compiled.
+    # A compiled graph would not call the hooks. Importing dynamo takes seconds; before that nothing is compiled.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         for name, module in found.items():
@@ -543,7 +542,7 @@ def _watch(
 
 
 class _Units:
-    """What the units of a layer have done so far: a few numbers for each of their positions, (positions, units)."""
+    """Running statistics of a layer's units: a few numbers for each of their positions, (positions, units)."""
 
     def __init__(self, name: str, module: nn.Module):
         self.name = name
@@ -551,7 +550,7 @@ class _Units:
         self.is_dense = any(isinstance(layer, (nn.Linear, nn.RNNBase, nn.Embedding)) for layer in layers)
         convolutions = CONVOLUTIONS | TRANSPOSED
         self.map_dims = {2 + dims for kind, dims in convolutions.items() for each in layers if isinstance(each, kind)}
-        # A product of two tanhs is no tanh.
+        # A product of two tanhs is not a tanh.
         bounded = [layer for layer in layers if type(layer) in BOUNDS]
         self.bounds = BOUNDS[type(layers[-1])] if bounded == layers[-1:] else None
         self.n, self.near_bounds = 0, 0
@@ -579,18 +578,18 @@ class _Units:
         """Add the outputs of a chunk, observations along the first axis."""
         output = self._units_first(output)
         n, units, total = len(output), output.shape[1], self.n + len(output)
-        values = output.movedim(1, -1).reshape(n, -1)  # no copy where memory has channels last; sums of rows are fast
+        values = output.movedim(1, -1).reshape(n, -1)  # no copy if memory has channels last; sums of rows are fast
         if self.n and values.shape[1] != self.size.numel():
             raise ValueError(f"{self.name}: its outputs change their shape from chunk to chunk, {tuple(output.shape)}")
         size = values.abs().sum(dim=0)
         if self.n == 0:
             self.units, self.origin = units, values[0].clone()
-        # From the first observation on, so that of a constant unit nothing is left, not even rounding.
+        # Relative to the first observation, so that a constant unit is exactly 0, without rounding.
         values = values - self.origin
         mean = values.mean(dim=0)
         squares = values.sub_(mean).square_().sum(dim=0)
         if self.n:
-            # Chan et al. (1979): the means and sums of squares of two samples make those of both.
+            # Chan et al. (1979): the means and sums of squares of two samples give those of their union.
             difference = mean - self.mean
             squares += self.squares + difference.square() * (self.n * n / total)
             mean = self.mean + difference * (n / total)

@@ -2,7 +2,7 @@
 
 python ppo_atari_lan.py --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1
 
-On a laptop, in some three minutes:
+About three minutes on a laptop:
 
 python ppo_atari_lan.py --activation tanh-lan --exp-name laptop --total-timesteps 40000 --metrics-frequency 4000
 
@@ -83,7 +83,7 @@ class Args(RunArgs):
     learning_rate: Annotated[float, Gt(0)] = 2.5e-4
     """learning rate of Adam (Table 4)"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0 (Table 4)"""
+    """anneal the learning rate linearly to 0 (Table 4)"""
     adam_eps: Annotated[float, Ge(0)] = 1e-5
     """epsilon of Adam (Table 4)"""
     gamma: Annotated[float, Interval(ge=0, le=1)] = 0.99
@@ -95,13 +95,13 @@ class Args(RunArgs):
     num_steps: Annotated[int, Gt(0)] = 128
     """agent steps per environment and rollout (Table 4)"""
     num_minibatches: Annotated[int, Gt(0)] = 4
-    """parts of a rollout, one gradient step each (Table 4)"""
+    """minibatches of a rollout, one gradient step each (Table 4)"""
     update_epochs: Annotated[int, Gt(0)] = 4
     """passes over a rollout (Table 4)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch (Table 4)"""
     clip_coef: Annotated[float, Ge(0)] = 0.1
-    """clipping of the probability ratio, and of the value (Table 4)"""
+    """clip range of the probability ratio, and of the value (Table 4)"""
     clip_vloss: bool = True
     """clip the value loss (Table 4)"""
     ent_coef: Annotated[float, Ge(0)] = 0.01
@@ -109,9 +109,9 @@ class Args(RunArgs):
     vf_coef: Annotated[float, Ge(0)] = 0.5
     """weight of the value loss (Table 4)"""
     max_grad_norm: Annotated[float, Gt(0)] = 0.5
-    """largest norm of the gradient (Table 4)"""
+    """norm to which the gradient is clipped (Table 4)"""
     target_kl: Annotated[float, Gt(0)] | None = None
-    """end an update's passes once the policy has moved this far (Table 4)"""
+    """stop an update early once its KL divergence exceeds this (Table 4)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
     async_envs: bool = field(default_factory=lambda: usable_cores() > 2)
@@ -124,8 +124,8 @@ class Args(RunArgs):
 def make_env(env_id: str, repeat_action_probability: float = 0.0, render_mode: str | None = None) -> gym.Env:
     """One game behind the DeepMind preprocessing (SB3's AtariWrapper); observations are (4, 84, 84), newest frame last.
 
-    An episode ends with a life; `info["episode"]` tells when a whole game has ended, with its unclipped score. A
-    reset fills the stack with four copies of its frame.
+    A lost life ends an episode; `info["episode"]` reports the end of a whole game, with its unclipped score. A reset
+    fills the stack with four copies of its frame.
     """
     game = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
     stacked = FrameStackObservation(AtariWrapper(RecordEpisodeStatistics(game)), 4)
@@ -139,7 +139,7 @@ class Hidden(nn.Module):
     """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
     Args:
-        make_layer: makes each of the parallel layers, which begin with weights of their own.
+        make_layer: called once for each parallel layer, so that each has weights of its own.
     """
 
     def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
 
     @property
     def measured(self) -> dict[str, nn.Module]:
-        """The layers that are measured, by the names that are logged. One entry measures another layer."""
+        """The measured layers, by the names under which they are logged. One more entry measures another layer."""
         layers = {"conv1": self.conv1, "conv2": self.conv2, "conv3": self.conv3, "z": self.z}
         for name, layer in list(layers.items()):
             if len(layer.factors) > 1:
@@ -215,20 +215,20 @@ class ActorCritic(nn.Module):
         return self.actor(z), self.critic(z).squeeze(1)
 
 
-Network = ActorCritic  # by this name scripts/enjoy.py finds it
+Network = ActorCritic  # the name by which scripts/enjoy.py finds it
 
 
 # ------------------------------------------------------------------------------------------ mathematics
 
 
 class Batch(NamedTuple):
-    """n transitions of a rollout, with what the policy and the value said when they were played."""
+    """n transitions of a rollout, with what the policy and the critic gave when they were played."""
 
     observations: Tensor  # (n, 4, 84, 84) uint8
     actions: Tensor  # (n,) int64
     log_probs: Tensor  # (n,) float32, of the actions
     advantages: Tensor  # (n,) float32
-    returns: Tensor  # (n,) float32, what the value is fitted to
+    returns: Tensor  # (n,) float32, targets of the value
     values: Tensor  # (n,) float32
 
 
@@ -244,9 +244,9 @@ def compute_gae(
 
     Args:
         rewards, values: (steps, envs); values of the observations acted on.
-        next_values: (steps, envs), of the observation that each action led to: of a truncated episode its true last.
+        next_values: (steps, envs), of the observations that the actions led to; at a truncation, of its true last one.
         terminated: (steps, envs), 1 where nothing follows: no bootstrap.
-        ended: (steps, envs), 1 where the episode terminated or was truncated: no sum across.
+        ended: (steps, envs), 1 where the episode terminated or was truncated: nothing is summed across it.
 
     Returns:
         Advantages (steps, envs).
@@ -330,14 +330,14 @@ def evaluate(
 
 
 def memory_needed(args: Args) -> int:
-    """Bytes of resident memory, an upper estimate: the process, its games, observations, and a minibatch on its way."""
+    """Bytes of resident memory, an upper estimate: the process, games, observations, and a minibatch in use."""
     rollout_steps = args.num_envs * args.num_steps
     frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
     return 1_000_000_000 + frames + 150_000_000 * args.num_envs + 300_000 * rollout_steps // args.num_minibatches
 
 
 def check_relations(args: Args) -> None:
-    """Refuse flags that do not fit together, or not into this machine.
+    """Refuse flags that contradict each other, or that need more memory than is free.
 
     Raises:
         BadInput
@@ -346,13 +346,13 @@ def check_relations(args: Args) -> None:
     require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
     rollout, product = args.num_envs * args.num_steps, f"--num-envs {args.num_envs} times --num-steps {args.num_steps}"
     require(rollout % args.num_minibatches == 0, args, "num_minibatches", f"divide {product} = {rollout}")
-    # One transition alone has no standard deviation to be normalised by.
+    # A single transition has no standard deviation to normalise by.
     require(rollout > args.num_minibatches, args, "num_minibatches", f"be below {product} = {rollout}")
     require(args.total_timesteps >= rollout, args, "total_timesteps", f"be at least {product} = {rollout}")
     if args.env_backend == "ale":
         refuse_unless(
             args.checkpoint_frequency == 0,
-            "--env-backend ale cannot save its games: a run cannot resume; accept that with --checkpoint-frequency 0",
+            "--env-backend ale cannot save games, so a run cannot resume; accept that with --checkpoint-frequency 0",
         )
         require(
             args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
@@ -378,7 +378,7 @@ def main(args: Args) -> None:
     num_actions = envs.single_action_space.n
     network = ActorCritic(num_actions, args.activation, args.amp).to(device, memory_format=torch.channels_last)
     on_cuda = device.type == "cuda"
-    # Nothing that changes is a Python number, so that a CUDA graph may hold the whole update.
+    # A tensor, since a CUDA graph that holds the whole update cannot see a Python number change.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=learning_rate, eps=args.adam_eps, fused=True, capturable=on_cuda
@@ -398,7 +398,7 @@ def main(args: Args) -> None:
 
     for iteration in range(play.iteration + 1, iterations + 1):
         play.iteration = iteration
-        optimizer.param_groups[0]["lr"] = learning_rate  # a resumed optimizer has one of its own
+        optimizer.param_groups[0]["lr"] = learning_rate  # a resumed optimizer brings a tensor of its own
         if args.anneal_lr:
             learning_rate.fill_(linear_schedule(args.learning_rate, 0, iterations, iteration - 1))
 

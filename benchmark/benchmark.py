@@ -1,13 +1,13 @@
-"""Training speed and memory beside stable-baselines3, and where a step goes.
+"""Training speed and memory compared with stable-baselines3, and where a step goes.
 
 python benchmark/benchmark.py                 one run at a time, five rounds, and a breakdown
 python benchmark/benchmark.py --quick         one round of the main ones, in three minutes; writes nothing
-python benchmark/benchmark.py --at-once 1 2   so many runs at once, one core and one thread each: what a sweep sees
+python benchmark/benchmark.py --at-once 1 2   as many runs at once, one core and one thread each: what a sweep sees
 python benchmark/benchmark.py --against DIR   another checkout of this project in place of stable-baselines3
 
 The same game, activation (relu), hyperparameters and number of threads for all; each run is a process of its own, timed
-after its warm-up. Compare ratios, not seconds: both sides alternate, so that they share the machine's moods. With a
-GPU the runs use it, and its memory is measured too. Recorded in results/benchmark*.json, by machine.
+after its warm-up. Compare ratios, not seconds: both sides alternate, so that both see the same load. With a GPU the
+runs use it, and its memory is measured too. Recorded in results/benchmark*.json, by machine.
 """
 
 import bisect
@@ -50,10 +50,10 @@ CONTENDERS = {
     "ppo --amp --compile --env-backend ale": ("ppo", ["--amp", "--compile", *ALE]),
 }
 MAIN = ("sb3 dqn", "dqn", "sb3 ppo", "ppo")
-# On a GPU each of the two says something, and so does a sweep's run with both.
+# On a GPU each of the two flags is of interest alone, and so are both together.
 ON_CUDA = {f"{name} {flag}": (name, [flag]) for name in ("dqn", "ppo") for flag in ("--amp", "--compile")}
 MAIN_ON_CUDA = (*MAIN, "dqn --amp --compile", "ppo --amp --compile")
-# Where an agent step goes; not with --compile, which would compile the clocks too.
+# Where an agent step goes; not with --compile, which would compile the timers too.
 BROKEN_DOWN = {
     "dqn": ("dqn", []),
     "dqn --amp": ("dqn", ["--amp"]),
@@ -64,14 +64,14 @@ BROKEN_DOWN = {
 }
 WARM_UP = {"dqn": 2000, "ppo": 3 * 1024}  # agent steps: past the start of learning, and compilation
 TIMED = {"dqn": 2000, "ppo": 5 * 1024}
-TIMES_ON_CUDA = 10  # so much longer, or it would be seconds
-RAM_GB = 24  # of the machine for which `how_many_fit` says how many runs there is room for
+TIMES_ON_CUDA = 10  # as many times longer, or it would take only seconds
+RAM_GB = 24  # of the machine for which `how_many_fit` counts runs
 CARD_SECONDS = 1  # between two looks at the GPU's memory
 
 
 @dataclass
 class Args:
-    """Training speed and memory beside stable-baselines3, and where a step goes."""
+    """Training speed and memory compared with stable-baselines3, and where a step goes."""
 
     rounds: int = 5
     """measurements of each contender"""
@@ -80,17 +80,17 @@ class Args:
     num_threads: int = 2
     """CPU threads of torch; with --at-once it is one"""
     at_once: tuple[int, ...] = ()
-    """numbers of runs at once, each on a core of its own; where there are several, which of them does most is said"""
+    """numbers of runs at once, each on a core of its own; of several, the one with the highest sum is printed"""
     algorithms: tuple[Literal["dqn", "ppo"], ...] = ("dqn", "ppo")
-    """those that are measured"""
+    """the algorithms to measure"""
     against: Path | None = None
     """folder of another checkout of this project, to compare with instead of stable-baselines3"""
     quick: bool = False
-    """one round of sb3 and the default flags, nothing written"""
+    """one round of sb3 and the default flags; writes nothing"""
     breakdown: bool = True
     """also say where an agent step goes"""
     note: str = ""
-    """what else a reader of the record has to know, such as what ran beside it"""
+    """what else a reader of the record has to know, such as what else was running"""
     cuda: bool = field(default=False, init=False)  # is there a GPU?
 
 
@@ -106,7 +106,7 @@ class Timeline:
         self.amounts.append(amount)
 
     def between(self, start: float, stop: float) -> float:
-        """What came between two moments, each on the line between the points around it."""
+        """The amount between two moments, each interpolated between the points around it."""
         return self._at(stop) - self._at(start)
 
     def _at(self, seconds: float) -> float:
@@ -116,10 +116,10 @@ class Timeline:
 
 
 def speeds_of_all(steps: list[Timeline], cpu: list[Timeline], warm_up: int) -> dict[str, float]:
-    """Agent steps of all runs per second, and per CPU second, while each is past its warm-up and none has ended.
+    """Agent steps of all runs per second, and per CPU second, while all are past their warm-up and none has ended.
 
     Raises:
-        RunFailed: there was no such time.
+        RunFailed: there was no such period.
     """
     start = max(next(s for s, step in zip(t.seconds, t.amounts, strict=True) if step >= warm_up) for t in steps)
     stop = min(t.seconds[-1] for t in steps)
@@ -136,7 +136,7 @@ def measure(name: str, args: Args, at_once: int = 0) -> dict[str, float]:
     """One contender, in `at_once` processes of one core each, or in one process of its own.
 
     Returns:
-        `speed`: agent steps per second, the sum of all; `per_cpu_second` says more of a busy machine. `peak_gb`: peak
+        `speed`: agent steps per second, the sum of all; `per_cpu_second` says more on a busy machine. `peak_gb`: peak
         resident memory, the sum of all. On a GPU also `gpu_gb`: the peak of what all take of it, with their contexts.
 
     Raises:
@@ -228,7 +228,7 @@ def failure(name: str, code: int, errors: Path) -> str:
 
 
 def card_memory() -> float:
-    """GB in use on the visible GPUs, of all processes; that of a context is known to the driver alone."""
+    """GB in use on the visible GPUs, of all processes; only the driver knows what a context takes."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
@@ -273,7 +273,7 @@ def logged_steps(runs_dir: Path) -> Timeline:
 
 
 def train_sb3(algorithm: str, env_id: str, num_threads: int, steps: tuple[int, int], seed: int) -> None:
-    """The same with stable-baselines3; what it cannot do alike is said where it differs."""
+    """The same with stable-baselines3; comments say where it differs."""
     import ale_py
     import gymnasium
     import numpy as np
@@ -327,7 +327,7 @@ def train_sb3(algorithm: str, env_id: str, num_threads: int, steps: tuple[int, i
 
 
 def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[str]) -> None:
-    """Print where an agent step goes: wall-clock time in what a script calls; a call inside another counts with it."""
+    """Print where an agent step goes: wall-clock time of what a script calls, nested calls with the outer one."""
     import torch
 
     from lan_utils import atari, cli, replay, run
@@ -377,7 +377,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     else:
         timed(atari.VectorGames, "step", "environment")
         timed(atari.AleGames, "step", "environment")
-        timed(module.ActorCritic, "forward", "acting")  # inside ppo_loss it is counted with it
+        timed(module.ActorCritic, "forward", "acting")  # inside ppo_loss it counts as update
         timed(module, "ppo_loss", "update: forward")
         timed(module, "compute_gae", "advantages")
         timed(torch.nn.utils, "clip_grad_norm_", "update: clipping")
@@ -397,7 +397,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
         args = Args(env_id=env_id)
         flags = our_flags(algorithm, args, num_threads, runs_dir)
         flags += ["--no-async-envs"] if algorithm == "ppo" else []
-        flags += ["--metrics-frequency", "500", "--checkpoint-frequency", "500"]  # a few of what is rare
+        flags += ["--metrics-frequency", "500", "--checkpoint-frequency", "500"]  # a few of these rare events
         sys.argv = [f"{algorithm}_atari_lan.py", *flags, *more_flags]
         cli.launch(module.main, module.Args)
     steps = learning["last"] - learning["first"]
@@ -434,7 +434,7 @@ def breakdowns(args: Args) -> Iterator[tuple[str, dict]]:
 
 
 def compare(args: Args, at_once: int, rounds: int) -> dict[str, dict]:
-    """Measure every contender, in alternation, and print a table of them."""
+    """Measure all contenders in alternation, and print a table of them."""
     names = tuple(contenders(args))
     found: dict[str, list[dict]] = {name: [] for name in names}
     for n in range(rounds):
@@ -473,11 +473,11 @@ def compare(args: Args, at_once: int, rounds: int) -> dict[str, dict]:
 
 
 def how_many_fit(ours: dict, theirs: dict) -> dict[str, float]:
-    """DQN runs with the paper's 1,000,000 transitions that a machine of RAM_GB has room for.
+    """How many DQN runs with the paper's 1,000,000 transitions fit into a machine of RAM_GB.
 
     Args:
-        ours, theirs: rows of one run each; of its small memory each has only touched what it played, which is counted
-            twice here (ours 2 MB, theirs 0.2 GB).
+        ours, theirs: rows of one run each; the part of its small memory that each has filled is counted twice here
+            (ours 2 MB, theirs 0.2 GB).
 
     Returns:
         GB of a run, and runs: ours at what the largest of the eight games needs, theirs at its thriftiest setting.
@@ -489,7 +489,7 @@ def how_many_fit(ours: dict, theirs: dict) -> dict[str, float]:
 
 
 def this_machine(cuda: bool) -> str:
-    """The CPU, what it has for bfloat16, on which --amp depends, and the GPU."""
+    """The CPU, its instructions for bfloat16, on which --amp depends, and the GPU."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -513,7 +513,7 @@ def check(args: Args) -> None:
         refuse_unless(0 < n <= cores, f"--at-once {n}: each run has a core of its own; it must lie in 1 to {cores}")
     scripts = (args.against or ROOT) / "dqn_atari_lan.py"
     refuse_unless(len(args.algorithms) > 0, "--algorithms takes dqn, ppo or both")
-    refuse_unless(scripts.is_file(), f"--against {args.against} is no checkout of this project")
+    refuse_unless(scripts.is_file(), f"--against {args.against} is not a checkout of this project")
     file = record_file(args)
     try:
         refuse_unless(isinstance(json.loads(file.read_text()), dict) if file.exists() else True, "")

@@ -1,10 +1,10 @@
-"""What `layers/` adds to a measurement: CPU seconds beside the one of z alone, and peak memory.
+"""What `layers/` adds to a measurement of z alone: CPU seconds and peak memory.
 
 python benchmark/layers_benchmark.py             # both algorithms, tanh-lan, 2048 observations, seven rounds
 python benchmark/layers_benchmark.py --rounds 3
 
-Both ways alternate, so that they share the machine's moods. Memory: fresh processes, the median of
-three peaks, each beyond what the process had before the measurement.
+Both ways alternate, so that both see the same load. Memory: the median over three fresh processes of
+how far the peak exceeds what the process had before the measurement.
 """
 
 import statistics

@@ -1,7 +1,7 @@
-"""What the replay memory costs, on frames of random play.
+"""What the replay memory costs, with frames of random play.
 
 python benchmark/replay_benchmark.py           each of the eight games: bytes, time to add and to sample
-python benchmark/replay_benchmark.py --every   every Atari game: bytes, also where each action is held for 20 steps
+python benchmark/replay_benchmark.py --every   every Atari game: bytes, also with each action held for 20 steps
 python benchmark/replay_benchmark.py --full    Q*bert, the largest: 1,000,000 transitions, then half as many again;
                                                resident memory, a checkpoint's stall, its load, the disk
 """
@@ -31,7 +31,7 @@ from lan_utils.study import GAMES
 
 @dataclass
 class Args:
-    """What the replay memory costs, on frames of random play."""
+    """What the replay memory costs, with frames of random play."""
 
     full: bool = False
     """fill a memory of 1,000,000 and checkpoint it"""
@@ -73,7 +73,7 @@ def stored_bytes(memory: ReplayMemory) -> float:
 
 
 def fill(game: str, steps: int, hold: int) -> float:
-    """Bytes of a transition of such play."""
+    """Bytes of a transition."""
     memory = ReplayMemory(steps)
     for transition in play(game, steps, hold):
         memory.add(*transition)
@@ -81,7 +81,7 @@ def fill(game: str, steps: int, hold: int) -> float:
 
 
 def every_game(steps: int) -> None:
-    """Random play acts anew in each step; one that holds its actions gets to see other parts of a game."""
+    """Random play that holds its actions sees other parts of a game than one that draws a new action in each step."""
     print(f"{'game':<18}{'random':>8}{'held':>8}   bytes/transition, {steps:,} steps each")
     games = sorted(name.removesuffix("NoFrameskip-v4") for name in gym.registry if name.endswith("NoFrameskip-v4"))
     with ProcessPoolExecutor() as pool:

@@ -2,7 +2,7 @@
 
 python examples/sb3_callback.py     # a short DQN on Breakout; then: tensorboard --logdir sb3
 
-In a script of your own: `model.learn(..., callback=MeasureLayers())`. It changes nothing in the training.
+In your own script: `model.learn(..., callback=MeasureLayers())`. It does not change the training.
 """
 
 import sys
@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metrics  # in a project of your own: a copy of metrics.py
+import metrics  # in your own project: a copy of metrics.py
 
 
 class MeasureLayers(BaseCallback):
@@ -32,7 +32,7 @@ class MeasureLayers(BaseCallback):
         memory, num_envs = self.model.replay_buffer, self.training_env.num_envs
         if self.num_timesteps % self.frequency >= num_envs or memory.size() * num_envs < self.n:
             return True
-        rng = np.random.default_rng(self.num_timesteps)  # memory.sample would draw from the training's
+        rng = np.random.default_rng(self.num_timesteps)  # memory.sample would use the training's generator
         rows, envs = rng.integers(memory.size(), size=self.n), rng.integers(num_envs, size=self.n)
         observations = torch.as_tensor(memory.observations[rows, envs], device=self.model.device)
         extractor = self.model.q_net.features_extractor

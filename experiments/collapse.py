@@ -1,8 +1,8 @@
-"""Where a layer collapsed: is it saturated, or does nothing reach it but its biases?
+"""Where a layer collapsed: is it saturated, or do only its biases act on it?
 
 python experiments/collapse.py > results/study/collapse.txt
 
-Of every finished run in runs/ that still has its weights and activations.
+It reads every finished run in runs/ that still has its weights and activations.
 """
 
 import sys

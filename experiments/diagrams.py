@@ -27,7 +27,7 @@ HEADS = {"q": "Q-values", "actor": "action logits", "critic": "value"}
 
 
 class Block(NamedTuple):
-    """What one layer leaves."""
+    """The output of one layer."""
 
     name: str  # of the module in its network
     layer: str  # what it computes, for a reader
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks(network: nn.Module) -> dict[str, Block]:
-    """The layers of a `QNetwork` or `ActorCritic` by the names under which they are measured, from the frames on."""
+    """The layers of a `QNetwork` or `ActorCritic` by their measured names, starting from the frames."""
     encoder = network.encoder
     factors = {f"z_{name}": factor for name, factor in encoder.z.factors.items()}
     heads = {name: getattr(network, name) for name in HEADS if hasattr(network, name)}
@@ -82,7 +82,7 @@ def game_frames() -> np.ndarray:
 
 
 def draw_map(ax: plt.Axes, x: float, shape: tuple[int, ...], frames: np.ndarray | None = None) -> float:
-    """Feature maps, or the frames themselves, as a pile centred on y = 0, the last one in front; returns its end."""
+    """Feature maps, or the frames themselves, as a stack centred on y = 0, the last one in front; returns its end."""
     channels, height, _ = shape
     side = 0.22 * np.sqrt(height)
     sheets, step, edge = (channels // 10, 0.07, "#5A7184") if frames is None else (channels, 0.13, "white")
@@ -125,7 +125,7 @@ def label_under(ax: plt.Axes, x: float, y: float, text: str) -> None:
 
 
 def draw_arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], block: Block | None = None) -> None:
-    """An arrow, with what its layer does and how many parameters it has beside it."""
+    """An arrow, labelled with what its layer does and how many parameters it has."""
     ax.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, lw=1, color="#444444", shrinkA=2, shrinkB=2)
     )

@@ -35,7 +35,7 @@ plt.style.use(("default", LOOK))  # matplotlib's defaults first, whatever the us
 @dataclass
 class Args:
     out_dir: Path = ROOT / "results"
-    """folder of the recorded numbers, and of the figures in figures/"""
+    """folder for the recorded numbers, with the figures in figures/"""
 
 
 def launch(main: Callable[[Path], None], doc: str) -> None:

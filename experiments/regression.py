@@ -4,8 +4,8 @@ python experiments/regression.py                 two and a half minutes on two C
 
 python experiments/regression.py --out-dir out   the same into another folder
 
-The paper gives neither range nor optimizer, learning rate or length, so a small grid of them is trained with ten seeds
-each and reported whole. Full batch, squared error, PyTorch's default initialisation.
+The paper gives no range, optimizer, learning rate or length, so a small grid of them is trained with ten seeds each and
+reported in full. Full batch, squared error, PyTorch's default initialisation.
 """
 
 import csv
@@ -54,7 +54,7 @@ OPTIMIZERS = {
 }
 LENGTHS = (500, 1000, 2000)  # gradient steps
 SEEDS = range(10)
-SHOWN = ((1, "Adam 1e-3"), (2, "Adam 1e-2"))  # whose fits are drawn
+SHOWN = ((1, "Adam 1e-3"), (2, "Adam 1e-2"))  # the settings whose fits are drawn
 TRAINING_POINTS = 64  # evenly spaced over the range; on the wider one ten per period of sin(10x)
 DENSE_POINTS = 400  # for the error between the training points, and for ranks up to 200
 
@@ -88,7 +88,7 @@ class Linear(nn.Module):
 
 
 class Networks(nn.Module):
-    """One network of `NETWORKS` per seed: hidden layers f(A1 x + B1), or of a LaN the product of two (Eq. 2)."""
+    """One network of `NETWORKS` per seed: hidden layers f(A1 x + B1), or for a LaN the product of two (Eq. 2)."""
 
     def __init__(self, name: str, seeds: range):
         super().__init__()
@@ -117,7 +117,7 @@ class Networks(nn.Module):
 
 
 class Snapshot(NamedTuple):
-    """What was measured after so many gradient steps, one row per seed."""
+    """What was measured after some number of gradient steps, one row per seed."""
 
     error: np.ndarray  # (seeds,) mean squared error on the training points
     dense_error: np.ndarray  # (seeds,) on the dense points
@@ -150,7 +150,7 @@ def train(
         if step in lengths:
             snapshots[step] = measure(networks, half_range, error)
         stepper.zero_grad()
-        error.sum().backward()  # to each seed its own gradient: the other terms do not depend on its weights
+        error.sum().backward()  # each seed gets its own gradient: the other terms do not depend on its weights
         stepper.step()
     return torch.stack(errors).numpy(), snapshots
 
@@ -180,7 +180,7 @@ def median_over_seeds(errors: np.ndarray) -> np.ndarray:
 
 
 def verdict(better: tuple[float, float, float], worse: tuple[float, float, float]) -> str:
-    """Is the first error lower? "yes" or "no" where the intervals are apart, "open" where they overlap or are NaN.
+    """Whether the first error is lower: "yes" or "no" if the intervals are apart, "open" if they overlap or are NaN.
 
     Args:
         better, worse: mean, low and high as `mean_and_interval` returns them.
@@ -283,7 +283,7 @@ def write_csv(results: dict, file: Path) -> None:
 
 
 def draw_fits(results: dict, out_dir: Path) -> None:
-    """Fig. 2: the function, and of each network the seed with the median error."""
+    """Fig. 2: the function, and for each network the seed with the median error."""
     figure, rows = plt.subplots(len(SHOWN), len(NETWORKS), figsize=(11, 4.4), sharey=True, sharex="row")
     for axes, (half_range, optimizer) in zip(rows, SHOWN, strict=True):
         x = torch.linspace(-half_range, half_range, DENSE_POINTS)
@@ -343,10 +343,10 @@ def train_task(task: tuple[str, float, str]) -> tuple:
 
 
 def main(out_dir: Path) -> None:
-    # The deep networks take longest: first, so that no core waits for the last one.
+    # The deep networks take longest: they come first, so that no core waits for the last one.
     tasks = sorted(itertools.product(NETWORKS, HALF_RANGES, OPTIMIZERS), key=lambda task: -NETWORKS[task[0]][3])
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    # Not a multiprocessing.Pool, which waits for ever for a worker that was killed.
+    # Not a multiprocessing.Pool, which would wait for ever for a worker that was killed.
     with ProcessPoolExecutor(min(cores, len(tasks)), multiprocessing.get_context("spawn"), start_worker) as pool:
         trained = (training.result() for training in as_completed([pool.submit(train_task, task) for task in tasks]))
         done = dict(tqdm(trained, total=len(tasks), unit="training"))

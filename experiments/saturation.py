@@ -1,4 +1,4 @@
-"""How often is a product of neurons dead, which weights get a gradient? (Table 1)
+"""How often is a product of neurons dead, and which weights get a gradient? (Table 1)
 
 python experiments/saturation.py                 all of it, under a minute; replaces results/saturation*
 
@@ -35,7 +35,7 @@ BIASES = tuple(np.linspace(-10, 10, 41).tolist())
 
 
 def theory(activation: str, p: float | np.ndarray, factors: int) -> float | np.ndarray:
-    """Probability that a product of independent neurons is dead; of two it is the paper's Table 1.
+    """Probability that a product of independent neurons is dead; for two it is the paper's Table 1.
 
     tanh ends at -1 or 1, so the product is constant only if every factor is: p^k.
     relu ends at 0, and one zero is enough: one minus the probability that none is, 1 - (1 - p)^k.
@@ -44,7 +44,7 @@ def theory(activation: str, p: float | np.ndarray, factors: int) -> float | np.n
     1.5 p - 0.75 p^2 + 0.25 p^3 for three.
 
     Args:
-        p: of one neuron, in [0, 1].
+        p: that one neuron is saturated, in [0, 1].
         factors: k, at least 1.
     """
     if activation == "tanh":
@@ -97,7 +97,7 @@ def count(generator: torch.Generator) -> list[dict]:
 
 
 def margins(generator: torch.Generator) -> list[dict]:
-    """How far from omega = 20 the density peaks of living and of dead products are, at p = 1/2."""
+    """How far the density peaks of living and of dead products are from omega = 20, at p = 1/2."""
     rows = []
     for activation, factors in itertools.product(ACTIVATIONS, FACTORS):
         z, ends = simulate(activation, 0.5, factors, generator)
@@ -114,7 +114,7 @@ def margins(generator: torch.Generator) -> list[dict]:
 
 
 def count_unsaturated(generator: torch.Generator) -> list[dict]:
-    """What is counted as dead although nothing saturates, because A x is small."""
+    """What is counted as dead although nothing is saturated, because A x is small."""
     rows = []
     for activation, factors, scale in itertools.product(ACTIVATIONS, FACTORS, SCALES):
         z, _ = simulate(activation, 0.0, factors, generator, neurons=200, scale=scale)
@@ -133,7 +133,7 @@ def gradient_norms(activation: str, bias: float, observations: int = 512, featur
         activation: of `--activation`.
 
     Returns:
-        Of the weights "below", "z_enc" and, with a LaN, "z_star".
+        Norms by name of the weights: "below", "z_enc" and, with a LaN, "z_star".
     """
     torch.manual_seed(0)
     below = nn.Linear(features, features)
@@ -150,7 +150,7 @@ def gradient_norms(activation: str, bias: float, observations: int = 512, featur
 
 
 def measure_gradients() -> list[dict]:
-    """`gradient_norms` over the bias, in units of the single layer's at bias 0."""
+    """`gradient_norms` over the bias, relative to the single layer's at bias 0."""
     rows = []
     for f in ("tanh", "sigmoid"):
         unit = gradient_norms(f, 0.0)
@@ -242,7 +242,7 @@ def report(counts: list[dict], margin: list[dict], unsaturated: list[dict], grad
 
 
 def draw_counts(counts: list[dict], unsaturated: list[dict], out_dir: Path) -> None:
-    """Above Fig. 13's theory with the simulation, below what the count says of neurons that are merely small."""
+    """Above: Fig. 13's theory with the simulation. Below: what the count says about neurons that are merely small."""
     figure, rows = plt.subplots(2, 3, figsize=(10, 6.4), sharey=True)
     looks = {1: (":", "o", "a single neuron"), 2: ("-", "s", "product of two"), 3: ("--", "^", "product of three")}
     titles = {

@@ -32,10 +32,10 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stder
 
 
 class WholeGames(gym.Wrapper):
-    """Outermost wrapper: tells when a whole game has ended, and can be saved and restored in mid-game.
+    """Outermost wrapper: reports the end of whole games, and can be saved and restored in mid-game.
 
     `info["episode"]` of a step or of a reset holds the game that ended in it: `r`, the unclipped score, and `l`,
-    its length in agent steps. (A reset can end a game: after a lost life stable-baselines3 plays on in it.)
+    its length in agent steps. (A reset can end a game: after a lost life stable-baselines3 plays a step in it.)
     """
 
     def __init__(self, env: gym.Env):
@@ -59,7 +59,7 @@ class WholeGames(gym.Wrapper):
     def _with_game(self, info: dict) -> dict:
         info = {key: value for key, value in info.items() if key != "episode"}
         if self.statistics.episode_count > self.games:
-            if self.agent_steps:  # none: the no-ops of a reset ran into the game's end
+            if self.agent_steps:  # 0: the no-ops of a reset reached the game's end
                 info["episode"] = {"r": float(self.statistics.return_queue[-1]), "l": self.agent_steps}
             self.games, self.agent_steps = self.statistics.episode_count, 0
         return info
@@ -111,9 +111,9 @@ class WholeGames(gym.Wrapper):
 
 
 class VectorGames(VectorWrapper):
-    """Games side by side, each behind `WholeGames`: they can be saved, and a dead worker ends the run in one line.
+    """Games side by side, each behind `WholeGames`: they can be saved, and a dead worker ends the run with one line.
 
-    One that ends is reset in the same step; `final_obs` and `final_info` tell of its end.
+    A game that ends is reset in the same step; `final_obs` and `final_info` describe its end.
     """
 
     def __init__(self, make_game: Callable[[], gym.Env], num_envs: int, async_envs: bool):
@@ -142,7 +142,7 @@ class VectorGames(VectorWrapper):
             self.env.set_attr("snapshot", games)
 
     def close(self, **kwargs: Any) -> None:
-        """Also in the middle of a step, and where workers have died: they have nothing to save."""
+        """Even in the middle of a step, or when workers have died: they have nothing to save."""
         for worker in getattr(self.env, "processes", ()):
             worker.kill()
             worker.join()
@@ -156,7 +156,7 @@ class VectorGames(VectorWrapper):
         try:
             yield
         except (EOFError, ConnectionError):
-            self.env.closed = self.closed = True  # closing would wait for the dead
+            self.env.closed = self.closed = True  # closing would wait for the dead worker
             raise RunFailed(f"a worker process died (out of memory?); resume with {same_command()}") from None
 
 
@@ -165,21 +165,21 @@ def _array(value: Any) -> Any:
 
 
 def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
-    """In a worker: Ctrl-C and others reach the whole group of processes, and the parent decides when to stop."""
+    """In a worker, ignore signals: they reach the whole process group, and the parent decides when to stop."""
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(AttributeError):  # a notebook's stdout
-            sys.stdout.reconfigure(line_buffering=True)  # closing kills: what a game prints is written at once
+            sys.stdout.reconfigure(line_buffering=True)  # closing kills the worker: write what a game prints at once
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return make_game()
 
 
 class AleGames(VectorWrapper):
-    """ale-py's vector environment in the shape of the others: clipped rewards, and whole games in `info["episode"]`.
+    """ale-py's vector environment made like the others: clipped rewards, and whole games in `info["episode"]`.
 
-    Unlike them it presses no FIRE after a lost life, its stacks run on over one, and a reset fills them with zeros.
+    Unlike them it presses no FIRE after a lost life, its stacks continue across it, and a reset fills them with zeros.
     """
 
     state_dict = None  # ale-py cannot save these games: such a run has no checkpoints
@@ -206,7 +206,7 @@ class AleGames(VectorWrapper):
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         stacks, rewards, terminations, truncations, info = self.env.step(actions)
         self.scores, self.lengths = self.scores + rewards, self.lengths + 1
-        # A lost life terminates like a game over, but lets the game's frames count on.
+        # A lost life terminates like a game over, but the game's frame count goes on.
         over = truncations | (terminations & (info["episode_frame_number"] < self.frame_numbers))
         self.frame_numbers = info["episode_frame_number"]
         info |= {"episode": {"r": self.scores, "l": self.lengths}, "_episode": over}
@@ -260,7 +260,7 @@ def play_games(
 
 def film_writer(file: Path, width: int, height: int) -> Generator[None, Any, None]:
     """Begin the mp4 `file`: `send` it pictures, uint8 (height, width, 3), then `close` it."""
-    # Absolute: ffmpeg takes what stands before a colon for a protocol.
+    # Absolute: ffmpeg would take what precedes a colon for a protocol.
     writer = imageio_ffmpeg.write_frames(str(file.absolute()), (width, height), fps=15, macro_block_size=2)
     writer.send(None)
     return writer

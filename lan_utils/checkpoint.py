@@ -3,7 +3,7 @@
 A checkpoint is `<step>.ckpt`; the newest two are kept. Big pieces that never change again, such as the replay memory's
 segments, are files of their own, `<name>.part`, which a checkpoint names with their SHA-256. Every file begins with
 the SHA-256 of the rest, is written under another name, synced, and renamed into place, so that a kill at any moment
-leaves the files before it whole. Loading executes nothing: `torch.load(weights_only=True)`.
+leaves the earlier files whole. Loading executes nothing: `torch.load(weights_only=True)`.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def checked_bytes(path: Path, digest: str | None = None) -> memoryview:
     """The bytes that `write_checked` wrote after the SHA-256.
 
     Raises:
-        ValueError: the file is truncated, corrupt, or not the one that `digest` is of.
+        ValueError: the file is truncated, corrupt, or not the one with this digest.
     """
     content = memoryview(path.read_bytes() if path.is_file() else b"")
     found = hashlib.sha256(content[32:])
@@ -68,7 +68,7 @@ def read_checked(path: Path, digest: str | None = None) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no checkpoint's file ({str(error).split(chr(10))[0][:80]})") from None
+        raise ValueError(f"{path} is not a checkpoint file ({str(error).split(chr(10))[0][:80]})") from None
 
 
 def _tensors(content: Any) -> Any:
@@ -83,7 +83,7 @@ def _tensors(content: Any) -> Any:
 
 
 def all_finite(content: Any) -> bool:
-    """No NaN and no infinity in any tensor of nested dicts and lists; waits once for each device."""
+    """Whether no tensor in nested dicts and lists holds NaN or infinity; waits once for each device."""
     flags: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in _floating_tensors(content):
         flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
@@ -103,7 +103,7 @@ def _floating_tensors(content: Any) -> Iterator[torch.Tensor]:
 
 @dataclass
 class Part:
-    """A big piece of a state: its content never changes under its name, so that it is written once."""
+    """A big piece of a state: the content under a name never changes, so it is written once."""
 
     name: str
     content: Callable[[], Any]
@@ -116,7 +116,7 @@ class LoopState(SimpleNamespace):
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Arrays and tensors keep what they were made as: an array, a device, a memory layout."""
+        """Arrays stay arrays, and tensors keep their device and memory layout."""
         if state.keys() != vars(self).keys():
             raise ValueError(f"{sorted(state)} instead of {sorted(vars(self))}")
         for name, value in state.items():
@@ -137,7 +137,7 @@ class Checkpoints:
         self.parts: dict[int, dict[str, str]] = {}  # {name: SHA-256} of each kept checkpoint's, by step
 
     def __bool__(self) -> bool:
-        """Is there any, whole or not?"""
+        """Whether there is any, whole or not."""
         return any(self.folder.glob("*.ckpt"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -172,9 +172,9 @@ class Checkpoints:
         self.delete(keep | {self._part(name) for parts in self.parts.values() for name in parts})
 
     def load(self) -> Iterator[dict[str, Any]]:
-        """The states that were saved and are whole with all their parts, the newest first; arrays are tensors.
+        """The saved states that are whole with all their parts, the newest first; arrays are tensors.
 
-        What is not is said on stderr.
+        The others are named on stderr.
         """
         whole: set[str] = set()
 
@@ -195,7 +195,7 @@ class Checkpoints:
             try:
                 state = find_parts(read_checked(file))
                 if not isinstance(state, dict) or type(state.get("step")) is not int:
-                    raise ValueError(f"{file} is no checkpoint's file")
+                    raise ValueError(f"{file} is not a checkpoint file")
             except (ValueError, TypeError, OSError) as error:
                 warn(f"{error}; trying the checkpoint before it")
                 continue
@@ -206,13 +206,13 @@ class Checkpoints:
         return self.folder / f"{name}.part"
 
     def delete(self, keep: set[Path]) -> None:
-        """Delete what runs write here, but for `keep`, and the folder where nothing else is in it."""
+        """Delete what runs write here except `keep`, and the folder if nothing else is in it."""
         for file in self.folder.iterdir() if self.folder.is_dir() else ():
             is_ours = re.fullmatch(r"\d{10}(-\d{10}\.part|\.ckpt)(\.tmp)?", file.name) and not file.is_dir()
             if is_ours and file not in keep:
                 file.unlink()
         if not keep:
-            with contextlib.suppress(OSError):  # it holds a stranger's files, or is a link
+            with contextlib.suppress(OSError):  # other files are in it
                 self.folder.rmdir()
 
 
@@ -256,4 +256,4 @@ def restore_random_states(states: dict[str, Any], rng: np.random.Generator, devi
     if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"], device)
     elif device.type == "cuda":
-        warn("the checkpoint was written on a CPU and holds no random state of CUDA: another run from here on")
+        warn("the checkpoint was written on a CPU and holds no random state of CUDA: from here on this is another run")

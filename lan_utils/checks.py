@@ -30,7 +30,7 @@ def refuse_unless(condition: bool, message: str) -> None:
 
 
 def require(condition: bool, args: Any, name: str, expected: str) -> None:
-    """Refuse the flag `name`, saying its value and what was expected."""
+    """Refuse the flag `name` unless the condition holds, naming its value and what was expected."""
     refuse_unless(condition, f"--{name.replace('_', '-')} is {getattr(args, name)}; it must {expected}")
 
 
@@ -38,7 +38,7 @@ def check_env_id(env_id: str) -> None:
     """Accept `<Game>NoFrameskip-v4` and nothing else.
 
     Raises:
-        BadInput: with the id that was probably meant.
+        BadInput: names the id that was probably meant.
     """
     games = {name.removesuffix("NoFrameskip-v4") for name in gym.registry if name.endswith("NoFrameskip-v4")}
     if env_id.removesuffix("NoFrameskip-v4") in games and env_id.endswith("NoFrameskip-v4"):
@@ -50,7 +50,7 @@ def check_env_id(env_id: str) -> None:
     if env_id in gym.registry and not str(gym.registry[env_id].entry_point).startswith("ale_py"):
         raise BadInput(f"{env_id} is not an Atari environment; {wanted}")
     close = [f"{name}NoFrameskip-v4" for name in difflib.get_close_matches(game, games, n=3, cutoff=0.7)]
-    raise BadInput(f"there is no game {env_id!r}; " + (f"did you mean {' or '.join(close)}?" if close else wanted))
+    raise BadInput(f"unknown game {env_id!r}; " + (f"did you mean {' or '.join(close)}?" if close else wanted))
 
 
 def check_memory(needed: int, remedy: str) -> None:
@@ -96,7 +96,7 @@ def check_runs_dir(runs_dir: str) -> None:
 
 
 def check_flags(args: RunArgs) -> None:
-    """Refuse what no algorithm takes: values out of the ranges that `Args` declares, unknown games, odd names.
+    """Refuse what no algorithm accepts: values out of the ranges that `Args` declares, unknown games, odd names.
 
     Raises:
         BadInput
@@ -141,7 +141,7 @@ def check_ranges(args: Any) -> None:
 
 
 def _within(value: float, limit: Any) -> tuple[bool, str]:
-    """Is the value within a limit of `annotated_types`; and what was expected, after "it must"."""
+    """Whether the value is within a limit of `annotated_types`, and what was expected, to follow "it must"."""
     match limit:
         case Interval(gt=None, ge=low, lt=None, le=high):
             return low <= value <= high, f"lie in [{low}, {high}]"
@@ -149,11 +149,11 @@ def _within(value: float, limit: Any) -> tuple[bool, str]:
             return value > 0, "be positive"
         case Ge(0):
             return value >= 0, "not be negative"
-    raise TypeError(f"{limit}: a kind of limit that nobody has used yet")
+    raise TypeError(f"{limit}: this kind of limit is not supported")
 
 
 def check_ffmpeg(flag: str) -> None:
-    """Refuse `flag` where films cannot be written, which a film of three pictures shows.
+    """Refuse `flag` if films cannot be written, which is tried with three pictures.
 
     Raises:
         BadInput
@@ -168,19 +168,19 @@ def check_ffmpeg(flag: str) -> None:
                 writer.send(bytes(160 * 210 * 3))
             writer.close()
             imageio_ffmpeg.count_frames_and_secs(film)
-    except Exception as error:  # whatever it is, it would end the run after its training
+    except Exception as error:  # any error would end the run after its training
         reason = str(error).strip().split("\n", 1)[0]
         raise BadInput(
             f"{flag} needs a working ffmpeg, and this one cannot encode a film: {program} ({reason}); "
-            "name another one by IMAGEIO_FFMPEG_EXE"
+            "name another one with IMAGEIO_FFMPEG_EXE"
         ) from None
 
 
 def check_wandb(name: str, project: str, entity: str | None) -> None:
-    """Refuse --track without Weights & Biases, where it would ask for a key, or with a name that it does not take.
+    """Refuse --track if Weights & Biases is missing, would ask for a key, or does not accept a name.
 
     Args:
-        name: of the run's folder, which is the run's id there.
+        name: of the run's folder, which is the run's id at Weights & Biases.
         project, entity: the flags.
 
     Raises:
@@ -195,7 +195,7 @@ def check_wandb(name: str, project: str, entity: str | None) -> None:
     try:
         wandb.Settings(run_id=name, project=project, entity=entity)
         can_log = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
-    except Exception as error:  # an older release, a malformed key: whatever it is, it would end the run later
+    except Exception as error:  # an older release, a malformed key: any error would end the run later
         raise BadInput(f"--track: Weights & Biases says: {str(error).split(chr(10))[0]}") from None
     # Its folder is offline-run-<time>-<id>.
     fits = len(os.fsencode(name)) <= 227

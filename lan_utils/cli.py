@@ -1,4 +1,4 @@
-"""From words to Args, from errors to one line and an exit code, and what is printed while a run goes on."""
+"""The command line: words become Args, errors one line and an exit code; what is printed during a run."""
 
 import errno
 import os
@@ -13,17 +13,17 @@ import tyro
 from tqdm import tqdm
 
 PRINT_SECONDS = 30  # between two lines of progress where there is no terminal
-# What terminals and batch systems send ahead of the end: save and leave. SIGQUIT stays an end at once.
+# What terminals and batch systems send before they end a process: save and exit. SIGQUIT still ends it at once.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 TOO_MANY = (
-    "error: the system allows no more processes or threads (a container's pids limit, or ulimit -u): raise it, or take "
-    "fewer by --num-threads 1 and PPO's --no-async-envs"
+    "error: the system allows no more processes or threads (a container's pids limit, or ulimit -u): raise it, or use "
+    "fewer with --num-threads 1 and PPO's --no-async-envs"
 )
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadInput(Exception):
-    """What was asked for cannot be: exit code 2, nothing written."""
+    """The request cannot be carried out: exit code 2, nothing written."""
 
 
 class RunFailed(Exception):
@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def parse(args_class: type) -> Any:
-    """The command line as an instance of a dataclass of flags, whose docstring heads `--help`."""
+    """The command line as an instance of a dataclass of flags, whose docstring opens `--help`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this)
         stream.reconfigure(errors="backslashreplace")
@@ -82,7 +82,7 @@ def launch(main: Callable[[Any], None], args_class: type) -> None:
         if first_line == "can't start new thread":
             leave(1, TOO_MANY)
         kind = type(error)
-        # By their names: importing torch for them would cost the plots a second.
+        # By their names: importing torch for this would cost the plots a second.
         if kind.__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
             leave(1, f"error: out of memory: {first_line}; free some, then run this again: {same_command()}")
         if kind.__name__ == "BrokenProcessPool":
@@ -100,7 +100,7 @@ def leave(code: int, message: str) -> NoReturn:
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
-    """Print a line, by default on stdout; training goes on when nobody reads any more, or the terminal is closed."""
+    """Print a line, by default on stdout; training goes on when nobody reads it any more, or the terminal is closed."""
     stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Make or replace the file at `path` atomically: the old or the new content survives a crash, nothing between.
+    """Make or replace the file at `path` atomically: after a crash it has the old or the new content.
 
     Args:
         write: is given the file, open for bytes.
@@ -40,7 +40,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none that can be read."""
+    """A JSON object; {} if none can be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

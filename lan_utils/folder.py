@@ -1,7 +1,7 @@
-"""A run's folder: whose it is, what may be in it, what it says of the run.
+"""A run's folder: whose it is, what may be in it, what it says about the run.
 
 A run folder belongs to one process at a time, which holds its `.lock`. `config.json` says how the run began and what
-has changed since, `status.json` what has become of it.
+has changed since, `status.json` how it stands now.
 """
 
 import contextlib
@@ -61,10 +61,10 @@ class RunFolder:
         """Lock the folder, and make it or, with --overwrite, clear it.
 
         Returns:
-            config.json of the run that is to be resumed; None where one begins.
+            config.json of the run to resume; None if a new one begins.
 
         Raises:
-            BadInput: other flags than the run had, another process at work in it, not a run's folder.
+            BadInput: other flags than the run had, another process training it, not a run's folder.
             HasFinished
         """
         try:
@@ -83,17 +83,19 @@ class RunFolder:
         return old
 
     def _old_config(self) -> dict[str, Any] | None:
-        """config.json or, where somebody deleted it, what the newest whole checkpoint says; None of an empty folder.
+        """config.json or, if somebody deleted it, what the newest whole checkpoint says; None in an empty folder.
 
         Raises:
-            BadInput: another run's, something else than a run's, or other flags than these and no --overwrite.
+            BadInput: it is another run's or no run's, or the run has other flags and --overwrite is not given.
         """
         file = self.path / "config.json"
         old = read_json(file) or self._flags_of_checkpoint()
         if not old:
             files = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
             is_empty = files <= {".lock", "config.json.tmp"}
-            refuse_unless(is_empty, f"{self.path} is no run's folder: config.json cannot be read; move the folder away")
+            refuse_unless(
+                is_empty, f"{self.path} is not a run's folder: config.json cannot be read; move the folder away"
+            )
             return None
         try:
             is_this_run = run_name(SimpleNamespace(**old["args"])) == self.path.name
@@ -152,7 +154,7 @@ class RunFolder:
                 self._lock_file.seek(0)
                 owner = self._lock_file.read().strip() or "another process"
                 raise BadInput(f"{self.path} is being trained by {owner}; wait for it or stop it") from None
-            with contextlib.suppress(OSError):  # another file is in it where it is a run's
+            with contextlib.suppress(OSError):  # another file is in it if it is a run's
                 if not (self.path / "config.json").exists():
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
@@ -188,13 +190,13 @@ class RunFolder:
             )
 
     def _delete_all(self) -> None:
-        # In an order that a kill may interrupt: first it is unfinished, and to the last it is a run.
+        # In an order that a kill may interrupt: the run is first unfinished, and remains a run until the end.
         for pattern in (*MADE, *(f"{name}.tmp" for name in (*MADE[:3], "config.json"))):
             for file in self.path.glob(pattern):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.checkpoints.delete(keep=set())
 
-    # -- what it says of the run ----------------------------------------------------------------------
+    # -- what it says about the run -------------------------------------------------------------------
 
     def write_config(self, config: dict[str, Any]) -> None:
         self._write_json("config.json", config)
@@ -203,9 +205,9 @@ class RunFolder:
         replace(self.path / name, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
     def record_changes(self, old: dict[str, Any], new: dict[str, Any], step: int) -> None:
-        """Warn of what is not as when the run began, and write it under `resumes` of its config.json."""
+        """Warn of what has changed since the run began, and write it under `resumes` in its config.json."""
         if "versions" not in old:  # all that is known are the flags
-            warn(f"{self.path}/config.json was gone: the checkpoints tell its flags, not the versions it began with")
+            warn(f"{self.path}/config.json was missing: the checkpoints tell its flags, not the versions it began with")
             self.write_config(new)
             return
         changes = {key: new[key] for key in ("versions", "commit", "device", "hardware", "threads")}
@@ -237,7 +239,7 @@ class RunFolder:
             warn(f"{self.path / name} is gone; curves will lack its points")
 
     def sync_events(self) -> dict[str, tuple[int, str]]:
-        """Bring the event files to the disk; {name: (size, SHA-256)}."""
+        """Sync the event files to the disk; {name: (size, SHA-256)}."""
         found = {}
         for file in self._event_files():
             with open(file, "rb") as opened:
@@ -247,10 +249,10 @@ class RunFolder:
         return found
 
     def has_lost_checkpoints(self) -> bool:
-        """Are there points, but neither a checkpoint nor a status that says that none was ever written?"""
+        """Whether there are points, but neither a checkpoint nor a status that says that none was ever written."""
         status = read_json(self.path / "status.json")
         had_none = status.get("state") in ("running", "stopped", "failed") and status.get("checkpoint") is None
-        # TensorBoard's files begin with some 90 bytes that are no point.
+        # TensorBoard's files begin with some 90 bytes that are not a point.
         return not had_none and any(file.stat().st_size > 100 for file in self._event_files())
 
     def write_status(self, state: str, step: int, total: int, speed: float, saved: int | None) -> None:
@@ -277,7 +279,7 @@ class RunFolder:
 
 
 def describe(algorithm: str, args: RunArgs, device: torch.device, parameters: int) -> dict[str, Any]:
-    """What config.json says of a run that begins now.
+    """What config.json says about a run that begins now.
 
     Args:
         parameters: of the network.
@@ -296,7 +298,7 @@ def describe(algorithm: str, args: RunArgs, device: torch.device, parameters: in
 
 
 def _commit() -> str | None:
-    """Of the working tree that this project is, "-dirty" where it was changed; None of a tree that it only lies in."""
+    """The project's git commit, with "-dirty" if files were changed; None without a .git folder of its own."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -308,7 +310,7 @@ def _commit() -> str | None:
 
 
 def hardware(device: torch.device) -> str:
-    """The model of the GPU or of the CPU: "cuda" is not a device."""
+    """The model of the GPU or of the CPU, which "cuda" does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, where a container or a batch system allows less than there is.
+"""What this process may use of the machine: a container or a batch system may allow less than there is.
 
 `python -m lan_utils.machine` prints CPU cores and free memory in MB for scripts/sweep.sh.
 """
@@ -12,7 +12,7 @@ import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-# Limit, use, and what of the use the kernel gives back when asked: control groups of version 2 and of version 1.
+# Limit, use, and the part of the use that the kernel can reclaim: control groups of version 2 and of version 1.
 MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

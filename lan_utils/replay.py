@@ -24,7 +24,7 @@ class ReplayMemory:
     """The last `capacity` transitions, one lz4-compressed frame each, sampled as if full stacks were stored.
 
     Transitions are numbered from the first ever added; a segment is SEGMENT of them, in memory as on disk. Its frames
-    lie end to end: as objects of their own they would fragment the heap. It leaves when no stack can reach it.
+    lie end to end: as separate objects they would fragment the heap. It is dropped when no stack can reach it.
     After a termination the next observation is arbitrary: the target ignores it.
     """
 
@@ -112,7 +112,7 @@ class ReplayMemory:
         """`n` observations, uniformly, without replacement: uint8 (n, 4, 84, 84); None while there are fewer.
 
         Args:
-            seed: of a generator of its own, as numpy takes it: measuring must not change the training.
+            seed: of a separate numpy generator: measuring must not change the training.
         """
         if len(self) < n:
             return None
@@ -172,7 +172,7 @@ class RolloutMemory:
     Args:
         num_steps, num_envs: of a rollout.
         measured: observations of a measurement; whole rollouts are kept, at least one.
-        device: where the observations are, as channels last: so the convolutions read them.
+        device: where the observations are kept, channels last, as the convolutions read them.
     """
 
     def __init__(self, num_steps: int, num_envs: int, measured: int, device: torch.device):

@@ -43,7 +43,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 @contextlib.contextmanager
 def _process_as_before() -> Iterator[None]:
-    """Afterwards torch's settings, the environment and what is done about a thread's error are as before."""
+    """Afterwards torch's settings, warnings, the environment and `threading.excepthook` are as before."""
     threads, backends = torch.get_num_threads(), torch.backends
     is_deterministic, warns = (
         torch.are_deterministic_algorithms_enabled(),
@@ -58,7 +58,7 @@ def _process_as_before() -> Iterator[None]:
     ]
     before = [getattr(owner, name) for owner, name in settings]
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    # TensorBoard's writer thread: the main thread raises its error again.
+    # TensorBoard's writer thread prints its error, which the main thread raises again.
     threading.excepthook = lambda error: type(error.thread).__name__ == "_AsyncWriterThread" or before[-1](error)
     try:
         with warnings.catch_warnings():
@@ -103,7 +103,7 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # By default glibc gives an update's tensors back to the system and faults their pages in again for the next.
+        # By default glibc returns an update's memory to the system, and the next update faults it in page by page.
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     if args.num_threads:
@@ -141,7 +141,7 @@ class Run:
         device: that the networks are on.
         rng: the generator of everything that the script itself draws.
         memory_needed: bytes, for the header.
-        stride: agent steps between two turns of the training loop.
+        stride: agent steps per turn of the training loop.
     """
 
     writer: SummaryWriter
@@ -176,14 +176,14 @@ class Run:
     # -- start ----------------------------------------------------------------------------------------
 
     def resume(self, **things: Any) -> None:
-        """Claim the folder, and continue from its newest whole checkpoint where it has one.
+        """Claim the folder, and continue from its newest whole checkpoint if it has one.
 
         Args:
             things: everything that a resumed run needs, the network first. Each has `state_dict()` and
                 `load_state_dict()`; one whose `state_dict` is None makes a run without checkpoints.
 
         Raises:
-            BadInput: other flags than the run had, another process at work in it, no checkpoint whole, points but no
+            BadInput: other flags than the run had, another process training it, no whole checkpoint, points but no
                 checkpoint, not a run's folder.
             HasFinished
         """
@@ -237,7 +237,7 @@ class Run:
                 checkpoint.restore_random_states(state["random"], self.rng, self.device)
             except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
                 what = str(error).split("\n", 1)[0][:160]
-                warn(f"{file} is no checkpoint of this script: {what}; trying the checkpoint before it")
+                warn(f"{file} is not a checkpoint of this script: {what}; trying the checkpoint before it")
                 del self.checkpoints.parts[state["step"]]
                 continue
             self.returns.extend(returns)
@@ -271,7 +271,7 @@ class Run:
             )
         except Exception as error:  # no network, no such entity: only its server knows
             reason = str(error).split("\n", 1)[0]
-            raise RunFailed(f"--track: Weights & Biases says: {reason}; mend that, or start without --track") from None
+            raise RunFailed(f"--track: Weights & Biases says: {reason}; fix this, or start without --track") from None
 
     def _print_header(self, config: dict[str, Any]) -> None:
         """What is about to happen, before the first step."""
@@ -295,11 +295,11 @@ class Run:
     # -- every turn of the training loop --------------------------------------------------------------
 
     def _due(self, frequency: int, step: int) -> bool:
-        """Did this turn, which ends at `step`, reach or pass a multiple of `frequency`?"""
+        """Whether this turn, which ends at `step`, reached or passed a multiple of `frequency`."""
         return frequency > 0 and step // frequency > (step - self.stride) // frequency
 
     def log_games(self, step: int, info: dict) -> None:
-        """Log the games that `info` says have ended; of several side by side, environment i's at `step` + i."""
+        """Log the games that ended, according to `info`; with several environments, number i's at `step` + i."""
         games = ended_games(info)
         if games:
             self.folder.require_ours()
@@ -312,14 +312,14 @@ class Run:
         """Log losses and charts every 1,000 agent steps; this is the only place where the loop waits for the losses.
 
         Args:
-            losses: scalars by name; what is logged of a name is its mean.
+            losses: scalars by name; the mean of each name is logged.
 
         Raises:
             RunFailed: a loss or a weight is NaN or infinite.
         """
         if not self._due(LOG_FREQUENCY, step):
             if self.stride > 1:
-                self._require_finite(network, step)  # nothing could be sampled from a policy of NaN
+                self._require_finite(network, step)  # a policy of NaN cannot be sampled
             return
         last_games = f"{np.mean(self.returns):.2f}" if self.returns else "none yet"
         self.progress.update(step, last_100_games=last_games)
@@ -346,7 +346,7 @@ class Run:
             self._write_status("running")
 
     def measure(self, step: int, network: nn.Module, memory: Memory) -> None:
-        """Log what `metrics` says of the network's measured layers, when it is due.
+        """Log what `metrics` says about the network's measured layers, when it is due.
 
         Args:
             network: its `measured` names the layers.
@@ -378,7 +378,7 @@ class Run:
         return sample, values
 
     def save(self, step: int) -> None:
-        """Write a checkpoint and keep the weights when they are due; stop where a signal asked for it."""
+        """Write a checkpoint and keep the weights when they are due; stop if a signal asked for it."""
         if self._due(self.args.keep_weights, step):
             self._write_weights(f"weights_{step}.pt")
         if self.signum or self._due(self.args.checkpoint_frequency, step):
@@ -409,7 +409,7 @@ class Run:
             "random": checkpoint.random_states(self.rng, self.device),
             "events": self.folder.sync_events(),
             "things": things,
-            # Of the latest update: a measurement may come before the next one.
+            # From the latest update: a measurement may come before the next one.
             "gradients": {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None},
         }
         self.checkpoints.save(step, state)
@@ -435,7 +435,7 @@ class Run:
         self.folder.write_status(state, self.step, self.total, self.progress.speed(), self._saved)
 
     def _leave(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """However the run ends: what was logged reaches the disk, and a run that goes on no more says so."""
+        """However the run ends, what was logged reaches the disk, and status.json no longer says running."""
         if not (isinstance(error, OSError) and error.errno in DISK_FULL):  # TensorBoard's writer would wait for ever
             with contextlib.suppress(RunFailed, OSError):
                 self.folder.require_ours()  # TensorBoard would make its file anew, in another process's run
@@ -458,7 +458,7 @@ class Run:
         memory: Memory,
         evaluate: Callable[..., Iterator[float]],
     ) -> None:
-        """Measure once more, evaluate, write `activations.npz`, then `model.pt`; the checkpoints are not needed then.
+        """Measure once more, evaluate, write `activations.npz`, then `model.pt`, and delete the checkpoints.
 
         Args:
             memory: as for `measure`.
@@ -468,7 +468,7 @@ class Run:
         self._require_finite(network, self.total)
         if self._saved != self.total:
             self._save(self.total)
-        # From here on a signal does not wait for a checkpoint: there is one.
+        # From here on a signal need not wait for a checkpoint: there is one.
         self._stops_at_once = True
         if self.signum:
             self._stop()
@@ -509,7 +509,7 @@ class Run:
         if representation:
             print_line(f"  neurons dead    {representation['dead_neurons']:.1%} by the paper's count (KDE)")
             print_line(f"  constant        {representation['std_dead_neurons']:.1%} (standard deviation below 0.001)")
-            layer = max(self.layers, key=lambda name: self.layers[name]["constant"])  # of equals the lowest
+            layer = max(self.layers, key=lambda name: self.layers[name]["constant"])  # the lowest of several
             if self.layers[layer]["constant"] > self.layers["z"]["constant"]:
                 print_line(f"  below z         {self.layers[layer]['constant']:.1%} of {layer} are constant")
             print_line(f"  effective rank  {representation['effective_rank']:.0f}")
@@ -523,7 +523,7 @@ class Run:
 
 
 def measure_network(network: nn.Module, observations: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """z with its factors, {name: (n, width)}, and `metrics.layer_metrics` of all that the network calls `measured`."""
+    """z with its factors, {name: (n, width)}, and `metrics.layer_metrics` of every module in `network.measured`."""
     representation = [name for name in network.measured if name == "z" or name.startswith("z_")]
     return metrics.record_and_measure(network, network.measured, observations, CHUNK, keep=representation)
 
@@ -531,12 +531,12 @@ def measure_network(network: nn.Module, observations: Tensor) -> tuple[dict[str,
 def measure_representation(
     sample: dict[str, Tensor], threshold: float, seed: tuple[int, int]
 ) -> tuple[dict[str, float], Tensor]:
-    """What is logged of the representation.
+    """What is logged about the representation.
 
     Args:
         sample: z and its factors, as `measure_network` gives them.
         threshold: omega of `metrics.dead_neurons`.
-        seed: (run's seed, agent step): all that the jitter depends on.
+        seed: (run's seed, agent step): the jitter depends on nothing else.
 
     Returns:
         `metrics.representation_metrics`, and the peak density of each neuron of z.

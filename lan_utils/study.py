@@ -47,17 +47,17 @@ ACTIVATIONS = {
     "relu-lan": Style("ReLU (LaN)", "#7F7F7F", (0, (4, 1.2, 1, 1.2))),
     "sigmoid-lan": Style("Sigmoid (LaN)", "#332288", (0, (1, 1))),
 }
-DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments beside the first
+DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments shown with the first
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 
 
 def style(group: str) -> Style:
-    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour made of that name.
+    """How an activation is shown; one that is not in ACTIVATIONS under its own name, in a colour derived from it.
 
-    Of such a one a number of three digits or more at the end is the width, as in `wide-1024`.
+    A number of three digits or more at the end of such a name is the width, as in `wide-1024`.
 
     Args:
-        group: an activation, or `<activation>@<exp_name>` for that of a second experiment beside the first.
+        group: an activation, or `<activation>@<exp_name>` for one of a second experiment shown with the first.
     """
     if group in ACTIVATIONS:
         return ACTIVATIONS[group]
@@ -79,7 +79,7 @@ def split_group(group: str) -> tuple[str, str]:
 
 
 class Needed(NamedTuple):
-    """The runs that a figure is drawn of."""
+    """The runs that a figure is drawn from."""
 
     algorithm: str
     activations: tuple[str, ...] = MAIN
@@ -140,12 +140,12 @@ def transition_bytes(env_id: str) -> int:
 
 
 def dqn_memory(env_id: str, transitions: int, batch_size: int) -> int:
-    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch on its way through."""
+    """Bytes of resident memory, an upper estimate: the process, the replay memory, and a batch in use."""
     return 800_000_000 + transitions * transition_bytes(env_id) + 300_000 * batch_size
 
 
 def dqn_disk(env_id: str, transitions: int) -> int:
-    """Bytes of an unfinished run, an upper estimate: the replay memory, and what else is in three checkpoints."""
+    """Bytes on disk of an unfinished run, an upper estimate: the replay memory, and the rest of three checkpoints."""
     return 300_000_000 + transitions * transition_bytes(env_id)
 
 

@@ -1,14 +1,14 @@
-"""Watch what was trained, finished or not: play whole games with a run's newest weights.
+"""Watch a trained agent, finished or not: play whole games with a run's newest weights.
 
 python scripts/enjoy.py runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1
 
 python scripts/enjoy.py RUN_FOLDER --episodes 1 --video
 
-The games are those of the script's own `evaluate`: with as many games and the same seed they are the very games that
-`--eval-episodes` played at the end of the training. What is written goes into a new folder RUN_FOLDER/enjoy_<n>. The
-run itself is only read, also while it trains. Everything is computed on the CPU.
+The games are those of the script's own `evaluate`: with the same seed and number of games they are exactly the games
+that `--eval-episodes` played at the end of the training. Everything is written into a new folder RUN_FOLDER/enjoy_<n>.
+The run itself is only read, even while it trains. Everything is computed on the CPU.
 
-Of an algorithm's script, `<algorithm>_atari_lan.py`, three names are used: `Network(num_actions, ...)`, whose other
+Three names of an algorithm's script, `<algorithm>_atari_lan.py`, are used: `Network(num_actions, ...)`, whose other
 parameters are named as flags, `make_env(env_id)` and `evaluate(network, args, games, video_folder, watch)`.
 """
 
@@ -42,14 +42,14 @@ from lan_utils.study import ATARI_SCORES, ROOT, read_atari_scores
 
 @dataclass
 class Args:
-    """Play whole games with what a run has trained so far, finished or not."""
+    """Play whole games with the agent that a run has trained so far, finished or not."""
 
     folder: tyro.conf.Positional[Path]
     """the run's folder, e.g. runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1"""
     episodes: int = 5
     """whole games to play, with the exploration of an evaluation"""
     seed: int | None = None
-    """of the games; None takes the run's own"""
+    """seed of the games; None: the run's own"""
     video: bool = False
     """film each game as mp4 into a new folder RUN_FOLDER/enjoy_<n>"""
     watch: bool = False
@@ -67,7 +67,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     """The algorithm's script, and every flag of the run by its snake_case name.
 
     Raises:
-        BadInput: it is no run's folder, or of an algorithm, a game or an activation that is not here.
+        BadInput: it is not a run's folder, or its algorithm or game is unknown here.
     """
     file = folder / "config.json"
     refuse_unless(os.path.lexists(folder), f"{folder} does not exist; name a run's folder")
@@ -84,7 +84,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     refuse_unless(is_config, f"{file} is damaged, or not what a run writes; restore it from a backup")
     name = f"{algorithm}_atari_lan"
     has_script = re.fullmatch(r"[a-z0-9_]+", algorithm) and (ROOT / f"{name}.py").is_file()
-    refuse_unless(bool(has_script), f"{file}: there is no {name}.py here for the algorithm {algorithm!r}")
+    refuse_unless(bool(has_script), f"{file}: unknown algorithm {algorithm!r}: there is no {name}.py here")
     script = importlib.import_module(name)
     missing = [part for part in ("Network", "make_env", "evaluate") if not hasattr(script, part)]
     refuse_unless(not missing, f"{file}: {name}.py has no {' and no '.join(missing)}, which this program needs")
@@ -96,15 +96,15 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
 
 
 def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int, Path]:
-    """The newest weights of a run: of model.pt, or of the newest whole checkpoint where there is none yet.
+    """The newest weights of a run: from model.pt or, if there is none yet, from the newest whole checkpoint.
+
+    From a checkpoint, only the file with the network is read, not the replay memory.
 
     Args:
-        step: of weights_<step>.pt, to read that instead.
-
-    Of a checkpoint only the file with the network is read, not the replay memory beside it.
+        step: reads weights_<step>.pt instead.
 
     Returns:
-        The network's state dict, the agent step that it is of, and its file.
+        The network's state dict, its agent step, and its file.
 
     Raises:
         BadInput: there is neither, or none can be read.
@@ -123,7 +123,7 @@ def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
             return next(iter(state["things"].values())), step, file  # Run.resume: the network comes first
         except (ValueError, OSError, KeyError, TypeError, AttributeError, StopIteration) as error:
             warn(f"{error}; trying the checkpoint before it")
-    # Here also when a training has finished meanwhile: first it writes model.pt, then it deletes its checkpoints.
+    # Also reached if a training has just finished: it writes model.pt first, then deletes its checkpoints.
     if not os.path.lexists(model):
         unsaved = "nothing is saved yet: neither a model.pt nor a checkpoint; a run saves when Ctrl-C stops it"
         raise BadInput(f"{folder}: " + (f"none of its {len(files)} checkpoints is whole" if files else unsaved))
@@ -141,7 +141,7 @@ def load_network(script: ModuleType, flags: dict[str, Any], weights: Any, file: 
     """The script's network with these weights.
 
     Raises:
-        BadInput: the weights, or the activation, are not of this script.
+        BadInput: the weights or the activation do not belong to this script.
     """
     env = script.make_env(flags["env_id"])
     num_actions = int(env.action_space.n)
@@ -180,7 +180,7 @@ class Sample:
 
 
 def new_folder(folder: Path) -> Path:
-    """Make RUN_FOLDER/enjoy_<n> with the lowest n from 1 on that is not taken.
+    """Make RUN_FOLDER/enjoy_<n> with the lowest free n from 1 on.
 
     Raises:
         BadInput: the run's folder cannot be written.
@@ -210,7 +210,7 @@ def report_scores(scores: list[float], env_id: str) -> Iterator[str]:
 
 
 def measure(network: nn.Module, observations: Tensor, flags: dict[str, Any], seed: tuple[int, int], out: Path) -> None:
-    """Print what `metrics` says of the network on these observations, and write `activations.npz`."""
+    """Print what `metrics` says about the network on these observations, and write `activations.npz`."""
     sample, layers = measure_network(network, observations)
     values, _ = measure_representation(sample, flags["dead_threshold"], seed)
     print_line(f"representation, on {len(observations):,} observations of these games")
@@ -230,14 +230,14 @@ import ale_py, gymnasium
 gymnasium.register_envs(ale_py)
 gymnasium.make("PongNoFrameskip-v4", render_mode="human").close()
 """
-WINDOW_SECONDS = 20  # that a display has to answer
+WINDOW_SECONDS = 20  # for a display to answer
 
 
 def check_window() -> None:
     """Refuse --watch where no window opens.
 
-    Where no display answers, SDL, which draws ale-py's windows, silently falls back to drivers that show nothing. So it
-    is told not to, and opens a window in another process: a display that never answers would block this one for ever.
+    If no display answers, SDL, which draws ale-py's windows, silently falls back to drivers that show nothing. So it is
+    told not to, and a window is opened in another process: a display that never answers would block this one for ever.
 
     Raises:
         BadInput
@@ -279,7 +279,7 @@ def main(args: Args) -> None:
     script, flags = read_run(args.folder)
     weights, step, file = read_weights(args.folder, args.step)
     network = load_network(script, flags, weights, file)
-    torch.set_num_threads(1)  # more would only disturb a training beside it
+    torch.set_num_threads(1)  # more would slow down a training that runs meanwhile
     seed = flags["seed"] if args.seed is None else args.seed
     of_run = SimpleNamespace(**{"repeat_action_probability": 0.0} | flags | {"seed": seed})
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and tests:
 #   bash scripts/test.sh        everything
-#   bash scripts/test.sh fast   what takes a minute
+#   bash scripts/test.sh fast   only the quick ones, a minute
 # Further arguments go to pytest, e.g. bash scripts/test.sh -k replay
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"

@@ -1,9 +1,9 @@
-# Sourced by the other scripts: goes to the project's folder and makes .venv as requirements.txt says.
+# Sourced by the other scripts: changes to the project's folder and makes .venv from requirements.txt.
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 clear=
-.venv/bin/python -c '' 2> /dev/null || clear=--clear # none, or one whose Python has gone
+.venv/bin/python -c '' 2> /dev/null || clear=--clear # there is no .venv, or its Python is gone
 if [[ -n $clear ]] || ! cmp -s requirements.txt .venv/requirements.installed; then
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then

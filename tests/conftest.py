@@ -1,4 +1,4 @@
-"""What several test files share: a small image game, the shell, runs of the scripts, and what is trained but once."""
+"""What several test files share: a small image game, the shell, runs of the scripts, and what is trained only once."""
 
 import dataclasses
 import fcntl
@@ -54,7 +54,7 @@ class Quadrants(gym.Env):
 
 
 class Recorded(RecordEpisodeStatistics):
-    """In the place of atari.WholeGames: these games are never resumed."""
+    """Replaces atari.WholeGames: these games are never resumed."""
 
     snapshot = state_dict = None
 
@@ -65,7 +65,7 @@ def stacked(game):
 
 
 def make_quadrants(env_id, repeat_action_probability=0.0, render_mode=None):
-    """In the place of a script's `make_env`."""
+    """Replaces a script's `make_env`."""
     return stacked(Quadrants())
 
 
@@ -93,7 +93,7 @@ def launch_in_process(monkeypatch, capsys, script, arguments):
 
 
 def contents(folder):
-    """{path: bytes} of every file below a folder but its lock; of a link, where it leads."""
+    """{path: bytes} of every file below a folder except its lock; for a link, its target."""
     files = [path for path in folder.rglob("*") if path.name != ".lock" and (path.is_symlink() or path.is_file())]
     return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in files}
 

@@ -107,7 +107,7 @@ def test_contenders(cuda, expected):
         ("--rounds 0", "--rounds is 0; it must be positive"),
         ("--num-threads 0", "--num-threads is 0; it must lie in 1 to "),
         ("--env-id Breakout-v5", "Breakout-v5 skips frames or repeats actions by itself; use --env-id Breakout"),
-        ("--against tests", "is no checkout of this project"),
+        ("--against tests", "is not a checkout of this project"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(flags, expected):

@@ -25,7 +25,7 @@ def test_loading_executes_nothing(tmp_path):
 
     content = pickle.dumps(Evil(), protocol=2)
     (tmp_path / "x.ckpt").write_bytes(hashlib.sha256(content).digest() + content)
-    with pytest.raises(ValueError, match="is no checkpoint's file"):
+    with pytest.raises(ValueError, match="is not a checkpoint file"):
         checkpoint.read_checked(tmp_path / "x.ckpt")
     assert not (tmp_path / "executed").exists()
 

@@ -23,9 +23,9 @@ from status import parse_job
 BAD_INPUT = {
     "unknown game": (
         "--env-id BrekoutNoFrameskip-v4",
-        "there is no game 'BrekoutNoFrameskip-v4'; did you mean Breakout",
+        "unknown game 'BrekoutNoFrameskip-v4'; did you mean Breakout",
     ),
-    "no game at all": ("--env-id x", "there is no game 'x'; --env-id takes <Game>NoFrameskip-v4"),
+    "no game at all": ("--env-id x", "unknown game 'x'; --env-id takes <Game>NoFrameskip-v4"),
     "not Atari": ("--env-id CartPole-v1", "CartPole-v1 is not an Atari environment; --env-id takes"),
     "v5": ("--env-id ALE/Breakout-v5", "use --env-id BreakoutNoFrameskip-v4"),
     "frame skip": ("--env-id Breakout-v4", "use --env-id BreakoutNoFrameskip-v4"),
@@ -250,7 +250,7 @@ def test_a_working_ffmpeg_is_not_refused(tmp_path, monkeypatch):
 
 
 def test_the_address_space_is_a_limit_of_memory_too():
-    """As `ulimit -v` or a batch system sets it. Would catch: a run that is let begin and runs out of it."""
+    """As `ulimit -v` or a batch system sets it. Would catch: a run that begins and then runs out of memory."""
     program = "from lan_utils import checks; print(checks.free_memory())"
     limited = f"ulimit -v 12000000; exec {sys.executable} -c '{program}'"
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)

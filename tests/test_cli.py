@@ -30,7 +30,7 @@ def test_bad_input_from_the_shell(script, tmp_path):
     """Would catch: a script that does not hand its main to `launch`."""
     bad = run_script(script, "--env-id", "Pnog", "--runs-dir", tmp_path / "runs")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: there is no game 'Pnog'; did you mean PongNoFrameskip-v4?\n"
+    assert bad.stderr == "error: unknown game 'Pnog'; did you mean PongNoFrameskip-v4?\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -117,7 +117,7 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys,
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    """Would catch: bugs that are told as if the user had caused them."""
+    """Would catch: bugs reported as if the user had caused them."""
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(ZeroDivisionError):
         cli.launch(raising(ZeroDivisionError("ours")), dqn.Args)

@@ -190,7 +190,7 @@ BAD = {
     "another activation's model": (lambda folder: edit_config(folder, activation="relu"), "model.pt does not fit"),
     "unknown activation": (lambda folder: edit_config(folder, activation="swish"), "no activation 'swish'"),
     "unknown algorithm": (lambda folder: edit_config(folder, algorithm="sac"), "there is no sac_atari_lan.py"),
-    "an algorithm elsewhere": (lambda folder: edit_config(folder, algorithm="../evil"), "for the algorithm '../evil'"),
+    "an algorithm elsewhere": (lambda folder: edit_config(folder, algorithm="../evil"), "unknown algorithm '../evil'"),
     "unknown game": (lambda folder: edit_config(folder, env_id="BreakotNoFrameskip-v4"), "did you mean Breakout"),
     "nothing saved": (lambda folder: (folder / "model.pt").unlink(), "{folder}: nothing is saved yet"),
 }

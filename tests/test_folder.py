@@ -62,8 +62,8 @@ def with_points(run, checkpoints=(), step=None):
     [
         ("config.json", '{"args": []}', "config.json is not this run's: restore it, or move the folder away"),
         ("config.json", '{"args": {}, "algorithm": "dqn"}', "config.json is not this run's: restore it"),
-        ("config.json", "[1, 2]", "is no run's folder: config.json cannot be read; move the folder away"),
-        ("config.json", '{"args": ', "is no run's folder: config.json cannot be read; move the folder away"),
+        ("config.json", "[1, 2]", "is not a run's folder: config.json cannot be read; move the folder away"),
+        ("config.json", '{"args": ', "is not a run's folder: config.json cannot be read; move the folder away"),
         ("checkpoints/0000000100.ckpt", "", "none of the 1 checkpoints"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_deleted_config_is_written_again_from_the_checkpoints(tmp_path, capsys
     assert resumed.step == 5
     assert json.loads((path / "config.json").read_text()) == written
     assert capsys.readouterr().err == (
-        f"warning: {path}/config.json was gone: the checkpoints tell its flags, not the versions it began with\n"
+        f"warning: {path}/config.json was missing: the checkpoints tell its flags, not the versions it began with\n"
     )
     assert begin(tmp_path, gamma=0.5).step == 5
     lose_config(path)
@@ -275,7 +275,7 @@ def test_foreign_content_under_a_valid_digest_is_passed_over(tmp_path, capsys, d
     assert resumed.step == resumed.things["play"].step == 4
     assert list(resumed.returns) == [1.0, 2.0]
     warnings = capsys.readouterr().err
-    assert f"warning: {file} is no checkpoint of this script: " in warnings
+    assert f"warning: {file} is not a checkpoint of this script: " in warnings
     assert warnings.count("\n") == 1
     resumed._save(6)
     assert sorted(file.name for file in file.parent.iterdir()) == ["0000000004.ckpt", "0000000006.ckpt"]
@@ -422,7 +422,7 @@ def test_what_weights_and_biases_refuses_only_then_is_one_line_and_the_run_begin
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(
-        RunFailed, match=r"^--track: Weights & Biases says: entity nobody not found; mend that, or start"
+        RunFailed, match=r"^--track: Weights & Biases says: entity nobody not found; fix this, or start"
     ):
         begin(tmp_path, track=True, wandb_entity="nobody")
     assert begin(tmp_path).step == 0

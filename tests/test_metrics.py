@@ -363,8 +363,8 @@ def fresh(network):
     [
         (Net(), "first", None, None, ""),
         (Net(), "first", 4, None, ""),
-        (Net(), "third", None, ValueError, "h: 'third' is no module of the network; it has first, first.0, first.1, "),
-        (Net(), torch.nn.Linear(3, 5), None, ValueError, "h: Linear.* is no module of the network; it has first, "),
+        (Net(), "third", None, ValueError, "h: 'third' is not a module of the network; it has first, first.0, "),
+        (Net(), torch.nn.Linear(3, 5), None, ValueError, "h: Linear.* is not a module of the network; it has first, "),
         (Net(), "unused", None, ValueError, r"h was not called by network\(observations\)"),
         (Net(), "pair", None, ValueError, "h returns dict, not a tensor: name the module that makes it"),
         (Twice(), "first", 4, ValueError, "g was called more than once in one pass: name a module that is called once"),

@@ -304,8 +304,8 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("modules", "observations", "message"),
     [
-        ({"h": "head"}, torch.ones(4, 3), "h: 'head' is no module of the network; it has body, unused, pair"),
-        ({"h": nn.Linear(3, 3)}, torch.ones(4, 3), "is no module of the network"),
+        ({"h": "head"}, torch.ones(4, 3), "h: 'head' is not a module of the network; it has body, unused, pair"),
+        ({"h": nn.Linear(3, 3)}, torch.ones(4, 3), "is not a module of the network"),
         ({"h": "unused"}, torch.ones(4, 3), r"h was not called by network\(observations\)"),
         ({"h": "body"}, torch.ones(4, 3), "h was called more than once"),
         ({"h": "alias"}, torch.ones(4, 3), "h was called more than once"),

@@ -86,7 +86,7 @@ def run(name, runs_dir, *flags, sabotage=None):
 
 
 def printed(runs_dir):
-    """All that runs in a folder have said so far."""
+    """Everything that the runs in a folder have printed so far."""
     return (runs_dir / "output.txt").read_text() if (runs_dir / "output.txt").exists() else ""
 
 
@@ -106,7 +106,7 @@ def status(runs_dir):
 
 
 def outcome(runs_dir):
-    """All that must not depend on kills: weights, events, sample, and the last checkpoint with memory and game."""
+    """What must not depend on kills: weights, events, sample, and the last checkpoint with memory and game."""
     folder = run_folder(runs_dir)
     points = Counter()
     for file in folder.glob("events.*"):
@@ -312,7 +312,7 @@ def test_every_file_corrupted_in_turn(name, runs_dir, tmp_path, undisturbed):
     damage(folder / "config.json", "truncated")
     code, text = run(name, runs_dir)
     assert code == 0
-    assert f"warning: {folder}/config.json was gone: the checkpoints tell its flags" in text
+    assert f"warning: {folder}/config.json was missing: the checkpoints tell its flags" in text
     assert_equal(outcome(runs_dir), undisturbed(name))
 
 
