@@ -511,7 +511,7 @@ class Run:
             print_line(f"  constant        {representation['std_dead_neurons']:.1%} (standard deviation below 0.001)")
             layer = max(self.layers, key=lambda name: self.layers[name]["constant"])  # the lowest of several
             if self.layers[layer]["constant"] > self.layers["z"]["constant"]:
-                print_line(f"  below z         {self.layers[layer]['constant']:.1%} of {layer} are constant")
+                print_line(f"  most constant   {self.layers[layer]['constant']:.1%} of {layer}")
             print_line(f"  effective rank  {representation['effective_rank']:.0f}")
         else:
             print_line("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")

@@ -99,7 +99,7 @@ def table(runs: list[RecordedRun]) -> list[str]:
         rows.append((name, values, meaning))
     if any(worst := [most_constant(final) for final in finals]):
         values = [f"{found[0]} {found[1]:.1%}" if found else "-" for found in worst]
-        rows.insert(4, ("  below z", values, "the layer with most constant units, where it is not z"))
+        rows.insert(4, ("  most constant", values, "the layer with most constant units, where it is not z"))
     columns = [max(10, *map(len, values)) + 2 for values in zip(*(values for _, values, _ in rows), strict=True)]
     return [
         f"{name:17}{''.join(map(str.rjust, values, columns))}   {meaning}".rstrip() for name, values, meaning in rows

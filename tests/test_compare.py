@@ -42,7 +42,7 @@ def test_the_layer_that_died_is_named_and_shown(tmp_path, runs_dir, capsys):
         folders[0] / "events.out.tfevents.1800000001", [("layers/conv3/constant", 100_000, 0.95)], wall_time=1.9e9
     )
     compare.main(compare.Args(folders, out=tmp_path / "compare.png"))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  below z")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  most constant")]
     assert line.split()[2:5] == ["conv2", "100.0%", "-"]
     figure = compare.draw([compare.read_run(folder) for folder in folders])
     found = panels(figure)
