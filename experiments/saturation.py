@@ -139,7 +139,7 @@ def gradient_norms(activation: str, bias: float, observations: int = 512, featur
     below = nn.Linear(features, features)
     nn.init.orthogonal_(below.weight)  # so that x has the observations' scale
     recipe = REPRESENTATIONS[activation]
-    hidden = Hidden(recipe, lambda: nn.Linear(features, recipe.width))
+    hidden = Hidden(recipe, recipe.outputs, lambda outputs: nn.Linear(features, outputs))
     layers = {f"z_{name}": factor[0] for name, factor in hidden.factors.items()}
     for name, layer in layers.items():
         nn.init.constant_(layer.bias, bias if name == "z_enc" else 0.0)

@@ -97,7 +97,7 @@ def test_representation_is_its_formula_and_every_factor_learns(activation):
     """Would catch: a factor used twice, a sum for a product, norm after tanh, a factor cut off from the gradient."""
     torch.manual_seed(1)
     recipe = dqn.REPRESENTATIONS[activation]
-    hidden = dqn.Hidden(recipe, lambda: torch.nn.Linear(40, recipe.width))
+    hidden = dqn.Hidden(recipe, recipe.outputs, lambda outputs: torch.nn.Linear(40, outputs))
     x = torch.randn(7, 40)
     z = hidden(x)
     np.testing.assert_allclose(z.detach().numpy(), numpy_representation(activation, hidden, x.numpy()), atol=1e-5)

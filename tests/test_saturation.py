@@ -109,7 +109,7 @@ def test_gradients_are_section_3s_formulas(activation, bias):
     torch.manual_seed(0)
     below = torch.nn.Linear(8, 8)
     torch.nn.init.orthogonal_(below.weight)
-    hidden = Hidden(REPRESENTATIONS[f"{activation}-lan"], lambda: torch.nn.Linear(8, 512))
+    hidden = Hidden(REPRESENTATIONS[f"{activation}-lan"], 512, lambda outputs: torch.nn.Linear(8, outputs))
     enc, star = (factor[0] for factor in hidden.factors.values())
     enc.bias.data.fill_(bias)
     star.bias.data.zero_()
