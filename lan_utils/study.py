@@ -177,4 +177,4 @@ NEUTRAL_FLAGS = {
     *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
 }
 # Flags that tell the runs of a study apart.
-NAMING_FLAGS = {"env_id", "exp_name", "activation", "seed"}
+NAMING_FLAGS = {"env_id", "exp_name", "activation", "conv_activation", "seed"}
