@@ -39,12 +39,27 @@ from lan_utils.study import dqn_memory
 # --------------------------------------------------------------------------------------- representation
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels, at each position; of a dense layer over its neurons."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class CReLU(nn.Module):
+    """relu of y and of -y beside each other (Abbas et al. 2023): twice as wide as y."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.cat((y, -y), dim=1).relu()
+
+
 class Recipe(NamedTuple):
     """How a hidden layer is made: parallel layers, an activation on each, and what joins them."""
 
     activations: tuple[type[nn.Module], ...]  # one for each of the parallel layers
     join: Callable[[Tensor, Tensor], Tensor] = torch.mul
-    width: int = 512
+    width: int = 512  # of z
+    outputs: int = 512  # of each parallel layer
     norm: type[nn.Module] | None = None  # before each activation
 
 
@@ -56,11 +71,21 @@ REPRESENTATIONS = {
     "tanh-lan": Recipe((nn.Tanh, nn.Tanh)),
     "tanh-2xlan": Recipe((nn.Tanh, nn.Tanh, nn.Tanh)),
     "tanh-addlan": Recipe((nn.Tanh, nn.Tanh), join=torch.add),
-    "layernorm": Recipe((nn.Tanh,), norm=nn.LayerNorm),
-    "wide-1024": Recipe((nn.Tanh,), width=1024),
+    "layernorm": Recipe((nn.Tanh,), norm=ChannelNorm),
+    "wide-1024": Recipe((nn.Tanh,), width=1024, outputs=1024),
     "relu-lan": Recipe((nn.ReLU, nn.ReLU)),
     "sigmoid-lan": Recipe((nn.Sigmoid, nn.Sigmoid)),
+    # Controls, beyond the paper: what does the product do, and what the activation (docs/decisions.md)?
+    "bilinear": Recipe((nn.Identity, nn.Identity)),
+    "tanh-glu": Recipe((nn.Tanh, nn.Identity)),
+    "layernorm-lan": Recipe((nn.Tanh, nn.Tanh), norm=ChannelNorm),
+    "layernorm-relu": Recipe((nn.ReLU,), norm=ChannelNorm),
+    "relu-1024": Recipe((nn.ReLU,), width=1024, outputs=1024),
+    "crelu": Recipe((CReLU,), outputs=256),
+    "gelu": Recipe((nn.GELU,)),
 }
+# A convolution has a width of its own.
+CONVOLUTIONS = [name for name, recipe in REPRESENTATIONS.items() if recipe.width == recipe.outputs == 512]
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -73,7 +98,9 @@ class Args(RunArgs):
     env_id: str = "BreakoutNoFrameskip-v4"
     """the game: <Game>NoFrameskip-v4"""
     activation: Literal[*REPRESENTATIONS] = "tanh-lan"
-    """activation of the last hidden layer; the convolutions keep ReLU"""
+    """how the last hidden layer z is made"""
+    conv_activation: Literal[*CONVOLUTIONS] = "relu"
+    """how each of the three convolutions is made: relu in the paper"""
     seed: Annotated[int, Ge(0)] = 1
     """seed of everything random"""
     exp_name: str = "dqn_atari_lan"
@@ -129,16 +156,17 @@ class Hidden(nn.Module):
     """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
     Args:
+        outputs: neurons or channels of each of the parallel layers.
         make_layer: called once for each parallel layer, so that each has weights of its own.
     """
 
-    def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
+    def __init__(self, recipe: Recipe, outputs: int, make_layer: Callable[[int], nn.Module]):
         super().__init__()
         self.join = recipe.join
         self.factors = nn.ModuleDict()
         for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
-            norm = [recipe.norm(recipe.width)] if recipe.norm else []
-            self.factors[name] = nn.Sequential(make_layer(), *norm, activation())
+            norm = [recipe.norm(outputs)] if recipe.norm else []
+            self.factors[name] = nn.Sequential(make_layer(outputs), *norm, activation())
 
     def forward(self, x: Tensor) -> Tensor:
         z, *others = [factor(x) for factor in self.factors.values()]
@@ -154,13 +182,13 @@ class Encoder(nn.Module):
         amp: compute z in bfloat16; what follows it stays in float32.
     """
 
-    def __init__(self, activation: str, amp: bool = False):
+    def __init__(self, activation: str, conv_activation: str = "relu", amp: bool = False):
         super().__init__()
-        relu, recipe = REPRESENTATIONS["relu"], REPRESENTATIONS[activation]
-        self.conv1 = Hidden(relu, lambda: nn.Conv2d(4, 32, 8, stride=4))
-        self.conv2 = Hidden(relu, lambda: nn.Conv2d(32, 64, 4, stride=2))
-        self.conv3 = Hidden(relu, lambda: nn.Conv2d(64, 64, 3, stride=1))
-        self.z = Hidden(recipe, lambda: nn.Linear(3136, recipe.width))
+        recipe, conv = REPRESENTATIONS[activation], REPRESENTATIONS[conv_activation]
+        self.conv1 = Hidden(conv, 32, lambda outputs: nn.Conv2d(4, outputs, 8, stride=4))
+        self.conv2 = Hidden(conv, 64, lambda outputs: nn.Conv2d(32, outputs, 4, stride=2))
+        self.conv3 = Hidden(conv, 64, lambda outputs: nn.Conv2d(64, outputs, 3, stride=1))
+        self.z = Hidden(recipe, recipe.outputs, lambda outputs: nn.Linear(3136, outputs))
         self.width, self.amp = recipe.width, amp
 
     @property
@@ -187,9 +215,9 @@ class Encoder(nn.Module):
 class QNetwork(nn.Module):
     """Q-values of every action (paper, Fig. 3)."""
 
-    def __init__(self, num_actions: int, activation: str, amp: bool = False):
+    def __init__(self, num_actions: int, activation: str, conv_activation: str = "relu", amp: bool = False):
         super().__init__()
-        self.encoder = Encoder(activation, amp)
+        self.encoder = Encoder(activation, conv_activation, amp)
         self.measured = self.encoder.measured
         self.q = nn.Linear(self.encoder.width, num_actions)
 
@@ -290,7 +318,8 @@ def main(args: Args) -> None:
     run = Run("dqn", args, device, rng, memory_needed(args))
 
     env = make_env(args.env_id, args.repeat_action_probability)
-    q_network = QNetwork(env.action_space.n, args.activation, args.amp).to(device, memory_format=torch.channels_last)
+    q_network = QNetwork(env.action_space.n, args.activation, args.conv_activation, args.amp)
+    q_network.to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(q_network)
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.Adam(

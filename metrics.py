@@ -326,7 +326,8 @@ def representation_metrics(
     Returns:
         dead_neurons, dead_neurons_scaled, std_dead_neurons (standard deviation over the batch < 1e-3),
         dormant_neurons and dead_neurons_<factor>: fractions of w in [0, 1]; effective_rank, effective_rank_centred,
-        entropy_rank; feature_norm (mean L2). No dead_neurons_scaled where std_dead_neurons is above MOSTLY_CONSTANT.
+        entropy_rank, effective_rank_<factor>; feature_norm (mean L2). No dead_neurons_scaled where std_dead_neurons is
+        above MOSTLY_CONSTANT.
 
     Raises:
         ValueError: wrong shape, fewer than two observations, or values that are not finite.
@@ -344,6 +345,7 @@ def representation_metrics(
     }
     for name, factor in (factors or {}).items():
         metrics[f"dead_neurons_{name}"] = float(dead_neurons(factor, threshold, generator=generator).float().mean())
+        metrics[f"effective_rank_{name}"] = float(effective_rank(factor))
     if metrics["std_dead_neurons"] <= MOSTLY_CONSTANT:
         scaled = dead_neurons_scaled(activations, threshold, generator=generator)
         metrics["dead_neurons_scaled"] = float(scaled.float().mean())

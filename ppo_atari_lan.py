@@ -37,12 +37,27 @@ from lan_utils.run import Run, leaves_no_trace, set_up
 # --------------------------------------------------------------------------------------- representation
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels, at each position; of a dense layer over its neurons."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class CReLU(nn.Module):
+    """relu of y and of -y beside each other (Abbas et al. 2023): twice as wide as y."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.cat((y, -y), dim=1).relu()
+
+
 class Recipe(NamedTuple):
     """How a hidden layer is made: parallel layers, an activation on each, and what joins them."""
 
     activations: tuple[type[nn.Module], ...]  # one for each of the parallel layers
     join: Callable[[Tensor, Tensor], Tensor] = torch.mul
-    width: int = 512
+    width: int = 512  # of z
+    outputs: int = 512  # of each parallel layer
     norm: type[nn.Module] | None = None  # before each activation
 
 
@@ -54,11 +69,21 @@ REPRESENTATIONS = {
     "tanh-lan": Recipe((nn.Tanh, nn.Tanh)),
     "tanh-2xlan": Recipe((nn.Tanh, nn.Tanh, nn.Tanh)),
     "tanh-addlan": Recipe((nn.Tanh, nn.Tanh), join=torch.add),
-    "layernorm": Recipe((nn.Tanh,), norm=nn.LayerNorm),
-    "wide-1024": Recipe((nn.Tanh,), width=1024),
+    "layernorm": Recipe((nn.Tanh,), norm=ChannelNorm),
+    "wide-1024": Recipe((nn.Tanh,), width=1024, outputs=1024),
     "relu-lan": Recipe((nn.ReLU, nn.ReLU)),
     "sigmoid-lan": Recipe((nn.Sigmoid, nn.Sigmoid)),
+    # Controls, beyond the paper: what does the product do, and what the activation (docs/decisions.md)?
+    "bilinear": Recipe((nn.Identity, nn.Identity)),
+    "tanh-glu": Recipe((nn.Tanh, nn.Identity)),
+    "layernorm-lan": Recipe((nn.Tanh, nn.Tanh), norm=ChannelNorm),
+    "layernorm-relu": Recipe((nn.ReLU,), norm=ChannelNorm),
+    "relu-1024": Recipe((nn.ReLU,), width=1024, outputs=1024),
+    "crelu": Recipe((CReLU,), outputs=256),
+    "gelu": Recipe((nn.GELU,)),
 }
+# A convolution has a width of its own.
+CONVOLUTIONS = [name for name, recipe in REPRESENTATIONS.items() if recipe.width == recipe.outputs == 512]
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -71,7 +96,9 @@ class Args(RunArgs):
     env_id: str = "BreakoutNoFrameskip-v4"
     """the game: <Game>NoFrameskip-v4"""
     activation: Literal[*REPRESENTATIONS] = "tanh-lan"
-    """activation of the last hidden layer; the convolutions keep ReLU"""
+    """how the last hidden layer z is made"""
+    conv_activation: Literal[*CONVOLUTIONS] = "relu"
+    """how each of the three convolutions is made: relu in the paper"""
     seed: Annotated[int, Ge(0)] = 1
     """seed of everything random"""
     exp_name: str = "ppo_atari_lan"
@@ -139,16 +166,17 @@ class Hidden(nn.Module):
     """A hidden layer made by a recipe (paper, Section 3.2): f(A1 x + B1), or with a LaN a product of such factors.
 
     Args:
+        outputs: neurons or channels of each of the parallel layers.
         make_layer: called once for each parallel layer, so that each has weights of its own.
     """
 
-    def __init__(self, recipe: Recipe, make_layer: Callable[[], nn.Module]):
+    def __init__(self, recipe: Recipe, outputs: int, make_layer: Callable[[int], nn.Module]):
         super().__init__()
         self.join = recipe.join
         self.factors = nn.ModuleDict()
         for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
-            norm = [recipe.norm(recipe.width)] if recipe.norm else []
-            self.factors[name] = nn.Sequential(make_layer(), *norm, activation())
+            norm = [recipe.norm(outputs)] if recipe.norm else []
+            self.factors[name] = nn.Sequential(make_layer(outputs), *norm, activation())
 
     def forward(self, x: Tensor) -> Tensor:
         z, *others = [factor(x) for factor in self.factors.values()]
@@ -164,13 +192,13 @@ class Encoder(nn.Module):
         amp: compute z in bfloat16; what follows it stays in float32.
     """
 
-    def __init__(self, activation: str, amp: bool = False):
+    def __init__(self, activation: str, conv_activation: str = "relu", amp: bool = False):
         super().__init__()
-        relu, recipe = REPRESENTATIONS["relu"], REPRESENTATIONS[activation]
-        self.conv1 = Hidden(relu, lambda: nn.Conv2d(4, 32, 8, stride=4))
-        self.conv2 = Hidden(relu, lambda: nn.Conv2d(32, 64, 4, stride=2))
-        self.conv3 = Hidden(relu, lambda: nn.Conv2d(64, 64, 3, stride=1))
-        self.z = Hidden(recipe, lambda: nn.Linear(3136, recipe.width))
+        recipe, conv = REPRESENTATIONS[activation], REPRESENTATIONS[conv_activation]
+        self.conv1 = Hidden(conv, 32, lambda outputs: nn.Conv2d(4, outputs, 8, stride=4))
+        self.conv2 = Hidden(conv, 64, lambda outputs: nn.Conv2d(32, outputs, 4, stride=2))
+        self.conv3 = Hidden(conv, 64, lambda outputs: nn.Conv2d(64, outputs, 3, stride=1))
+        self.z = Hidden(recipe, recipe.outputs, lambda outputs: nn.Linear(3136, outputs))
         self.width, self.amp = recipe.width, amp
 
     @property
@@ -197,9 +225,9 @@ class Encoder(nn.Module):
 class ActorCritic(nn.Module):
     """Policy and value on one representation (paper, Fig. 9)."""
 
-    def __init__(self, num_actions: int, activation: str, amp: bool = False):
+    def __init__(self, num_actions: int, activation: str, conv_activation: str = "relu", amp: bool = False):
         super().__init__()
-        self.encoder = Encoder(activation, amp)
+        self.encoder = Encoder(activation, conv_activation, amp)
         self.measured = self.encoder.measured
         self.actor = nn.Linear(self.encoder.width, num_actions)
         self.critic = nn.Linear(self.encoder.width, 1)
@@ -376,7 +404,8 @@ def main(args: Args) -> None:
         make_game = functools.partial(make_env, args.env_id, args.repeat_action_probability)
         envs = VectorGames(make_game, args.num_envs, args.async_envs)
     num_actions = envs.single_action_space.n
-    network = ActorCritic(num_actions, args.activation, args.amp).to(device, memory_format=torch.channels_last)
+    network = ActorCritic(num_actions, args.activation, args.conv_activation, args.amp)
+    network.to(device, memory_format=torch.channels_last)
     on_cuda = device.type == "cuda"
     # A tensor, since a CUDA graph that holds the whole update cannot see a Python number change.
     learning_rate = torch.tensor(args.learning_rate, device=device)

@@ -120,8 +120,12 @@ class RunFolder:
         what: str,
         remedy: str = "use the same ones, another --exp-name, or --overwrite",
     ) -> None:
-        """Refuse another algorithm, or flags that would make another run, naming each difference."""
+        """Refuse another algorithm, or flags that would make another run, naming each difference.
+
+        A flag that the old run did not know yet has its default.
+        """
         new_args = json.loads(json.dumps(dataclasses.asdict(self.args)))
+        old_args = json.loads(json.dumps(dataclasses.asdict(type(self.args)()))) | old_args
         differing = [
             f"--{name.replace('_', '-')} {new_args.get(name)} (was {old_args.get(name)})"
             for name in sorted(old_args.keys() | new_args.keys())

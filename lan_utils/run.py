@@ -34,6 +34,7 @@ from lan_utils.files import replace
 from lan_utils.flags import RunArgs
 from lan_utils.folder import HasFinished, RunFolder, describe
 from lan_utils.machine import usable_cores
+from lan_utils.study import group_of
 
 LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
 CHUNK = 256  # observations that are measured at a time: more would only need more memory
@@ -277,7 +278,9 @@ class Run:
         """What is about to happen, before the first step."""
         hardware = config["hardware"] + (f", {config['threads']} threads" if self.device.type == "cpu" else "")
         memory = f"{self.memory_needed / 1e9:.1f} GB needed, {free_memory() / 1e9:.1f} GB free"
-        print_line(f"{self.algorithm.upper()}, {self.args.activation}, on {self.args.env_id}, seed {self.args.seed}")
+        print_line(
+            f"{self.algorithm.upper()}, {group_of(vars(self.args))}, on {self.args.env_id}, seed {self.args.seed}"
+        )
         print_line(f"  run folder  {self.folder.path}")
         print_line(f"  device      {self.device} ({hardware})")
         print_line(f"  size        {config['parameters']:,} parameters, {memory}")

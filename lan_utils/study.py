@@ -3,6 +3,7 @@
 import csv
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,16 @@ ACTIVATIONS = {
     "wide-1024": Style("Tanh (1024)", "#56B4E9", (0, (6, 1.2, 1, 1.2, 1, 1.2)), width=1024),
     "relu-lan": Style("ReLU (LaN)", "#7F7F7F", (0, (4, 1.2, 1, 1.2))),
     "sigmoid-lan": Style("Sigmoid (LaN)", "#332288", (0, (1, 1))),
+    # Controls, beyond the paper.
+    "bilinear": Style("Bilinear", "#117733", "-"),
+    "tanh-glu": Style("Tanh (GLU)", "#44AA99", (0, (5, 1.5))),
+    "layernorm-lan": Style("LaN (LayerNorm)", "#AA4499", "-"),
+    "layernorm-relu": Style("ReLU (LayerNorm)", "#661100", (0, (1, 1))),
+    "relu-1024": Style("ReLU (1024)", "#888888", (0, (6, 1.2, 1, 1.2, 1, 1.2)), width=1024),
+    "crelu": Style("CReLU", "#6699CC", (0, (3, 1))),
+    "gelu": Style("GELU", "#AA9933", (0, (4, 1.2, 1, 1.2))),
 }
+CONTROLS = tuple(ACTIVATIONS)[-7:]
 DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments shown with the first
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 
@@ -65,6 +75,10 @@ def style(group: str) -> Style:
     red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
     color = f"#{red:02X}{green:02X}{blue:02X}"
     activation, exp_name = split_group(group)
+    base, _, conv = activation.partition("+conv-")
+    if conv and not exp_name:
+        label = f"{style(base).label}, conv {style(conv).label}"
+        return style(base)._replace(label=label, color=color, dashes=(0, (2, 1)))
     if exp_name:
         first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
         return first._replace(label=f"{first.label}, {exp_name}", color=color, dashes=(0, dashes))
@@ -87,7 +101,7 @@ class Needed(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-# By the paper's number. ReLU is always there where scores are normalised by it.
+# By the paper's number; the controls are beyond it. ReLU is always there where scores are normalised by it.
 RUNS_OF_FIGURES = {
     "1": Needed("dqn", ("relu", "tanh")),
     "4": Needed("dqn", ("tanh", "tanh-lan"), ("Breakout",), (1,)),  # the neurons of one trained network each
@@ -103,6 +117,8 @@ RUNS_OF_FIGURES = {
     "15": Needed("dqn"),
     "16": Needed("dqn"),
     "17": Needed("ppo"),
+    "controls-dqn": Needed("dqn", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024", *CONTROLS)),
+    "controls-ppo": Needed("ppo", ("relu", "tanh", "tanh-lan", "layernorm", "wide-1024", *CONTROLS)),
 }
 
 
@@ -112,7 +128,13 @@ def run_name(args: Any) -> str:
     Args:
         args: has env_id, exp_name, activation and seed.
     """
-    return f"{args.env_id}__{args.exp_name}__{args.activation}__{args.seed}"
+    return f"{args.env_id}__{args.exp_name}__{group_of(vars(args))}__{args.seed}"
+
+
+def group_of(flags: Mapping[str, Any]) -> str:
+    """The runs that are drawn together: the activation, and what else the convolutions are made with than ReLU."""
+    conv = flags.get("conv_activation", "relu")
+    return flags["activation"] + (f"+conv-{conv}" if conv != "relu" else "")
 
 
 # Games whose transitions took more than 1,250 bytes in DQN's replay memory: the larger of two kinds of random play
@@ -155,4 +177,4 @@ NEUTRAL_FLAGS = {
     *("track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"),
 }
 # Flags that tell the runs of a study apart.
-NAMING_FLAGS = {"env_id", "exp_name", "activation", "seed"}
+NAMING_FLAGS = {"env_id", "exp_name", "activation", "conv_activation", "seed"}

@@ -21,7 +21,7 @@ from lan_utils import files, study
 from lan_utils.study import RUNS_OF_FIGURES
 from plots.events import LAYERS as OF_LAYERS
 from plots.results import MOSTLY_CONSTANT, Results, layers_of
-from plots.statistics import LAST_GAMES, Curves, curve_of_each_seed, line_and_band, normalized
+from plots.statistics import LAST_GAMES, ByGame, Curves, curve_of_each_seed, line_and_band, normalized
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
 KDE_NEURONS = 16  # of Fig. 4, 10 and 11
@@ -98,20 +98,23 @@ class Plot:
 
 
 def shown_activations(results: Results, plot: Plot) -> list[str]:
-    """The figure's, and the same of other experiments; in one of the main set, also those that no figure of the study
-    shows."""
+    """The figure's, and the same of other experiments; in one of the main set, also those that no figure of the paper
+    shows, but the controls only where the figure is not the paper's either."""
     drawn = results.drawn
     found = set(drawn.loc[drawn["algorithm"] == plot.runs.algorithm, "activation"])
     shown = set(plot.runs.activations)
     if plot.runs.activations == study.MAIN:
         shown |= {study.split_group(name)[0] for name in found} - activations_of_study(plot.runs.algorithm)
+        if plot.draw not in (draw_study, draw_layers):
+            shown -= set(study.CONTROLS)
     others = sorted(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
     return [*plot.runs.activations, *others]
 
 
 def activations_of_study(algorithm: str) -> set[str]:
-    """Those that its figures show; none for an algorithm that has no figure."""
-    return {name for runs in RUNS_OF_FIGURES.values() if runs.algorithm == algorithm for name in runs.activations}
+    """Those that the paper's figures of it show; none for an algorithm that has no figure there."""
+    paper = [runs for figure, runs in RUNS_OF_FIGURES.items() if figure[0].isdigit()]
+    return {name for runs in paper if runs.algorithm == algorithm for name in runs.activations}
 
 
 def axis_of(quantity: str) -> Axis:
@@ -376,6 +379,81 @@ def add_scale(figure: Figure | SubFigure, panels: Sequence[Axes]) -> None:
     bar.outline.set_visible(False)
 
 
+# ---------------------------------------------------------------------------------------------- controls
+
+
+def draw_controls(results: Results, plot: Plot) -> Drawing:
+    """The end of the training: a row for each activation, the controls below the others, with its number of parameters
+    and a panel for each quantity."""
+    algorithm, panels = plot.runs.algorithm, len(plot.quantities)
+    found = set(results.drawn.loc[results.drawn["algorithm"] == algorithm, "activation"])
+    known = shown_activations(results, plot)
+    known += sorted(name for name in found - set(known) if name.partition("+conv-")[0] in known)
+    rows = sorted((name for name in known if name in found), key=is_control)
+    if not any(map(is_control, rows)):
+        return None, ["no run of a control"]
+    missing = [f"no {label_of(name)}" for name in plot.runs.activations if name not in found]
+    figure = Figure((1.5 * panels + 3.2, 0.8 + 0.2 * len(rows)), layout="constrained")
+    counts, *others = figure.subplots(1, 1 + panels, sharey=True, width_ratios=[0.6] + [1] * panels)
+    for place, name in enumerate(rows):
+        parameters = parameters_of(results, algorithm, name)
+        counts.barh(place, parameters, height=0.6, color="#DDDDDD")
+        counts.text(0.0, place, f" {parameters / 1e6:.2f} M" if parameters else " ?", va="center", fontsize=6)
+        for axes, quantity in zip(others, plot.quantities, strict=True):
+            values = results.final_values(algorithm, name, quantity)
+            if values:
+                draw_row(axes, place, name, quantity, values)
+            else:
+                missing.append(f"no {axis_of(quantity).label} of {label_of(name)}")
+    counts.set_yticks(
+        range(len(rows)), [f"{label_of(name)}, {runs_at_the_end(results, algorithm, name)}" for name in rows]
+    )
+    counts.set(xlabel="parameters", xticks=[], ylim=(len(rows) - 0.5, -0.5))
+    for axes, quantity in zip(others, plot.quantities, strict=True):
+        axes.set_xlabel(axis_of(quantity).label)
+        if axis_of(quantity).kind == SHARE:
+            axes.set_xlim(-0.04, 1.04)
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        else:
+            axes.set_xlim(left=0)
+    counts.grid(False)
+    for axes in (counts, *others):
+        axes.tick_params(axis="y", length=0)
+        axes.axhline(sum(not is_control(name) for name in rows) - 0.5, color=GREY, linewidth=0.8)
+    return figure, missing
+
+
+def draw_row(axes: Axes, place: int, name: str, quantity: str, values: ByGame) -> None:
+    """A dot for each seed, the mean over its games, and a line at the mean of all; of a rank, the layer's width."""
+    color = look_of(name)["color"]
+    if axis_of(quantity).kind == RANK:
+        width = study.style(name).width
+        axes.plot([0, width], [place, place], color=LIGHT, linewidth=0.8, zorder=1)
+        axes.plot(width, place, "|", color=GREY, markersize=6, zorder=1)
+    seeds = list(curve_of_each_seed(values).values())
+    axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=3.5, alpha=0.6, markeredgewidth=0)
+    mean = line_and_band(values)[0]
+    axes.plot([mean, mean], [place - 0.3, place + 0.3], color=color, linewidth=1.6)
+
+
+def is_control(group: str) -> bool:
+    """Whether its activation is one, or its convolutions are no ReLUs."""
+    return study.split_group(group)[0] in study.CONTROLS or "+conv-" in group
+
+
+def runs_at_the_end(results: Results, algorithm: str, name: str) -> str:
+    drawn = results.drawn
+    return plural(int(((drawn["algorithm"] == algorithm) & (drawn["activation"] == name)).sum()))
+
+
+def parameters_of(results: Results, algorithm: str, name: str) -> float:
+    """Of the network, mean over runs: games differ in their number of actions. 0 where no run says it."""
+    drawn = results.drawn
+    runs = drawn.loc[(drawn["algorithm"] == algorithm) & (drawn["activation"] == name), "run"]
+    counts = [files.read_json(results.folders[run] / "config.json").get("parameters") for run in runs]
+    return float(np.mean([count for count in counts if isinstance(count, int)] or [0]))
+
+
 # --------------------------------------------------------------------------------------------- densities
 
 
@@ -600,6 +678,14 @@ WHERE = (
     "measured. A layer above a dark one can only be constant too. Observations that hardly differ, as those of random "
     "play, make a z constant that nobody has trained yet."
 )
+CONTROLS = (
+    "Is it the product, the activation or the parameters? At the end of the training; the controls are below the line. "
+    "From left to right: parameters of the network, mean over runs; effective rank (99 % of the singular values' sum) "
+    "of z as it is and of z minus each neuron's mean, grey up to the layer's width; dead neurons of z by the paper's "
+    "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot is a "
+    "seed, the mean over its games; a line is the mean over games of the mean over seeds."
+)
+CONTROL_QUANTITIES = ("effective_rank", "effective_rank_centred", "dead_neurons", "std_dead_neurons")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
 NORMALIZED = ("normalized_score",)
 
@@ -686,11 +772,13 @@ FIGURES = {
     ),
     "fig16_dqn_games": Plot(draw_games, f"DQN in every game. {GAME_SCORE}", RUNS_OF_FIGURES["16"]),
     "fig17_ppo_games": Plot(draw_games, f"PPO in every game. {GAME_SCORE}", RUNS_OF_FIGURES["17"]),
+    "controls_dqn": Plot(draw_controls, f"DQN. {CONTROLS}", RUNS_OF_FIGURES["controls-dqn"], CONTROL_QUANTITIES),
+    "controls_ppo": Plot(draw_controls, f"PPO. {CONTROLS}", RUNS_OF_FIGURES["controls-ppo"], CONTROL_QUANTITIES),
 }
 
 
 def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
-    """FIGURES, and three of every algorithm that has none there."""
+    """FIGURES, and four of every algorithm that has none there."""
     figures = dict(FIGURES)
     for algorithm in algorithms:
         if activations_of_study(algorithm):
@@ -704,6 +792,8 @@ def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
         )
         figures[f"layers_{name}"] = Plot(draw_layers, f"{algorithm}. {WHERE}", runs)
         figures[f"games_{name}"] = Plot(draw_games, f"{algorithm} in every game. {GAME_SCORE}", runs)
+        runs = study.Needed(algorithm, RUNS_OF_FIGURES["controls-dqn"].activations)
+        figures[f"controls_{name}"] = Plot(draw_controls, f"{algorithm}. {CONTROLS}", runs, CONTROL_QUANTITIES)
     return figures
 
 

@@ -73,7 +73,7 @@ def printable(text: str) -> str:
 # -------------------------------------------------------------------------------------------- find runs
 
 RUN_NAME = re.compile(
-    r"(?P<game>\w+)NoFrameskip-v4__(?P<exp_name>.+)__(?P<activation>[a-z0-9-]+)__(?P<seed>[0-9]{1,18})"
+    r"(?P<game>\w+)NoFrameskip-v4__(?P<exp_name>.+)__(?P<activation>[a-z0-9+-]+)__(?P<seed>[0-9]{1,18})"
 )
 
 
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> RecordedRun | None:
     names, seed = (config.get("algorithm"), flags.get("env_id"), flags.get("activation")), flags.get("seed")
     if not all(isinstance(name, str) and name for name in names) or not isinstance(seed, int):
         return None
-    algorithm, env_id, activation = map(printable, names)
+    algorithm, env_id, activation = map(printable, (*names[:2], study.group_of(flags)))
     game = env_id.removesuffix("NoFrameskip-v4")
     return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder))
 

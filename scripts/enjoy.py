@@ -37,7 +37,7 @@ from lan_utils.checks import check_env_id, check_ffmpeg, refuse_unless
 from lan_utils.cli import BadInput, launch, print_line, warn
 from lan_utils.files import read_json, replace
 from lan_utils.run import measure_network, measure_representation
-from lan_utils.study import ATARI_SCORES, ROOT, read_atari_scores
+from lan_utils.study import ATARI_SCORES, ROOT, group_of, read_atari_scores
 
 
 @dataclass
@@ -285,7 +285,7 @@ def main(args: Args) -> None:
 
     algorithm = script.__name__.removesuffix("_atari_lan").upper()
     state = "finished" if file.name == "model.pt" else "kept along the way" if args.step else "not finished yet"
-    print_line(f"{algorithm}, {flags['activation']}, on {flags['env_id']}, games of seed {seed}")
+    print_line(f"{algorithm}, {group_of(flags)}, on {flags['env_id']}, games of seed {seed}")
     print_line(f"  weights   {file}")
     print_line(f"  trained   {step:,} agent steps, {state}")
     sample = Sample(network, flags["metrics_samples"], seed) if args.measure else None

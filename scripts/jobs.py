@@ -8,6 +8,7 @@ python scripts/jobs.py --algorithms ppo --games Pong,Breakout --runs-dir DIR -- 
 import re
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lan_utils.cli import BadInput, launch
-from lan_utils.study import ACTIVATIONS, ALGORITHMS, GAMES, RUNS_OF_FIGURES, SEEDS
+from lan_utils.study import ACTIVATIONS, ALGORITHMS, GAMES, RUNS_OF_FIGURES, SEEDS, Needed
+
+FIGURES: dict[str, list[Needed]] = defaultdict(list)  # the controls have one for each algorithm
+for name, runs in RUNS_OF_FIGURES.items():
+    FIGURES[name.split("-")[0]].append(runs)
 
 
 def flag(metavar: str, text: str) -> type:
@@ -32,7 +37,7 @@ class Args:
     games: flag("LIST", ", ".join(GAMES)) = None
     activations: flag("LIST", ", ".join(ACTIVATIONS)) = None
     seeds: flag("LIST", "whole numbers; by default " + ", ".join(map(str, SEEDS))) = None
-    figure: flag("NUMBER", f"only what this one needs: {', '.join(RUNS_OF_FIGURES)}") = None
+    figure: flag("NUMBER", f"only what this one needs: {', '.join(FIGURES)}") = None
     runs_dir: flag("DIR", "where the runs go; a relative path starts at the project's folder") = None
     flags: Annotated[Positional[tuple[str, ...]], arg(metavar="-- FLAGS", help_behavior_hint="")] = ()
     """passed on to every run"""
@@ -55,25 +60,25 @@ def job_lines(args: Args) -> list[str]:
     Raises:
         BadInput
     """
-    if args.figure not in (None, *RUNS_OF_FIGURES):
-        raise BadInput(f"--figure {args.figure}: unknown figure; choose one of {','.join(RUNS_OF_FIGURES)}")
-    figure = RUNS_OF_FIGURES.get(args.figure)
-    needed = (
-        [figure] if figure else RUNS_OF_FIGURES.values()
-    )  # an algorithm or activation of no figure is there on demand
+    if args.figure not in (None, *FIGURES):
+        raise BadInput(f"--figure {args.figure}: unknown figure; choose one of {','.join(FIGURES)}")
+    paper = [runs for name, of_name in FIGURES.items() if name[0].isdigit() for runs in of_name]
+    needed = FIGURES[args.figure] if args.figure else paper
     algorithms = chosen("--algorithms", args.algorithms, ALGORITHMS, [runs.algorithm for runs in needed])
     games = chosen("--games", args.games, GAMES, [game for runs in needed for game in runs.games])
     of_figures = [activation for runs in needed for activation in runs.activations]
     activations = chosen("--activations", args.activations, ACTIVATIONS, of_figures)
-    seeds = [str(seed) for seed in (figure.seeds if figure else SEEDS)] if args.seeds is None else args.seeds.split(",")
+    of_all = needed[0].seeds if args.figure else SEEDS
+    seeds = [str(seed) for seed in of_all] if args.seeds is None else args.seeds.split(",")
     if not all(re.fullmatch("[0-9]+", seed) for seed in seeds):
         raise BadInput(f"--seeds {args.seeds}: expected whole numbers, e.g. {','.join(map(str, SEEDS))}")
-    if figure:
-        algorithms = [algorithm for algorithm in algorithms if algorithm == figure.algorithm]
-        games = [game for game in games if game in figure.games]
-        activations = [activation for activation in activations if activation in figure.activations]
+    if args.figure:
+        algorithms = [algorithm for algorithm in algorithms if algorithm in {runs.algorithm for runs in needed}]
+        games = [game for game in games if game in needed[0].games]
+        activations = [activation for activation in activations if activation in needed[0].activations]
         if not (algorithms and games and activations):
-            there_are = f"{figure.algorithm}, {','.join(figure.games)}, {','.join(figure.activations)}"
+            of_figure = ",".join(runs.algorithm for runs in needed)
+            there_are = f"{of_figure}, {','.join(needed[0].games)}, {','.join(needed[0].activations)}"
             raise BadInput(f"--figure {args.figure} needs none of these runs, only {there_are}")
 
     passed_on = [] if args.runs_dir is None else ["--runs-dir", args.runs_dir]

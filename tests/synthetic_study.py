@@ -40,6 +40,9 @@ PROGRESS = {
 DEAD = {"relu": 0.6, "tanh": 0.4, "sigmoid": 0.45, "layernorm": 0.2, "wide-1024": 0.5, "selu": 0.3}  # at the end
 RANK = {"relu": 150, "tanh": 250, "sigmoid": 180, "tanh-lan": 380, "relu-lan": 90}
 FACTORS = {"tanh-lan": 2, "tanh-addlan": 2, "relu-lan": 2, "sigmoid-lan": 2, "tanh-2xlan": 3}
+FACTORS |= {"bilinear": 2, "tanh-glu": 2, "layernorm-lan": 2}
+RANK |= {"bilinear": 420, "tanh-glu": 350, "layernorm-lan": 400, "layernorm-relu": 220, "relu-1024": 170, "crelu": 130}
+PARAMETERS = {"crelu": 883_108, "wide-1024": 3_294_372, "relu-1024": 3_294_372}  # of DQN with 4 actions
 DEATH = 0.3  # share of the training after which a layer that dies is constant
 LAN_LAW = {"tanh-lan": lambda p: p**2, "sigmoid-lan": lambda p: p, "relu-lan": lambda p: 2 * p - p**2}
 
@@ -161,11 +164,13 @@ def make_run(
     """
     env_id = f"{game}NoFrameskip-v4"
     exp_name = exp_name or f"{algorithm}_atari_lan"
-    folder = Path(runs_dir) / f"{env_id}__{exp_name}__{activation}__{seed}"
+    conv = f"+conv-{flags['conv_activation']}" if "conv_activation" in flags else ""
+    folder = Path(runs_dir) / f"{env_id}__{exp_name}__{activation}{conv}__{seed}"
     folder.mkdir(parents=True)
     args = {"env_id": env_id, "exp_name": exp_name, "activation": activation, "seed": seed}
     args |= {"total_timesteps": agent_steps, "learning_rate": 1e-4, "dead_threshold": 20.0} | flags
-    config = {"algorithm": algorithm, "args": args, "versions": {}, "commit": None, "device": "cpu", "parameters": 0}
+    config = {"algorithm": algorithm, "args": args, "versions": {}, "commit": None, "device": "cpu"}
+    config["parameters"] = PARAMETERS.get(activation, 80_036 + 1_606_144 * FACTORS.get(activation, 1))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     rng = np.random.default_rng((seed, *f"{algorithm}{game}{activation}".encode()))

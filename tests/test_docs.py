@@ -30,6 +30,7 @@ TAGS = (
     *("representation/dormant_neurons", "representation/std_dead_neurons", "representation/feature_norm"),
     *("representation/dead_neurons_scaled", "representation/effective_rank_centred", "representation/kde_peak"),
     *("representation/dead_neurons_z_enc", "representation/dead_neurons_z_star", "representation/dead_neurons_z_star2"),
+    *(f"representation/effective_rank_{name}" for name in ("z_enc", "z_star", "z_star2")),
     *("layers/<layer>/constant", "layers/<layer>/zero", "layers/<layer>/dormant", "layers/<layer>/saturated"),
     *("layers/<layer>/weight_norm", "layers/<layer>/grad_norm", "layers/<layer>/no_gradient"),
     "eval/episodic_return",

@@ -3,12 +3,15 @@
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LAYER_TAGS, make_quadrants, module_of, read_events, without_run
+from torch import nn
 
 import dqn_atari_lan as dqn
 from lan_utils import cli, run, study
@@ -16,6 +19,10 @@ from lan_utils.cli import RunFailed
 from lan_utils.replay import Batch
 
 ACTIVATIONS = list(dqn.REPRESENTATIONS)
+CONV_PARAMETERS = {  # more than with ReLU
+    **{"tanh": 0, "tanh-lan": 77_984, "tanh-2xlan": 2 * 77_984, "tanh-glu": 77_984},
+    **{"layernorm": 320, "layernorm-lan": 77_984 + 2 * 320},
+}
 
 # ------------------------------------------------------------------------------------------------ flags
 
@@ -63,13 +70,23 @@ def numpy_layer(layer, x):
     return x @ layer.weight.detach().numpy().astype(float).T + layer.bias.detach().numpy()
 
 
+def numpy_norm(norm, y):
+    """Layer normalisation of the rows by its formula, with the scale and shift of its own; y where there is no norm."""
+    if not isinstance(norm, torch.nn.LayerNorm):
+        return y
+    centred = y - y.mean(axis=1, keepdims=True)
+    scale, shift = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    return scale * centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5) + shift
+
+
 def numpy_representation(activation, hidden, x):
     """Each activation's formula, as in the README's table; `hidden` gives the weights."""
     sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
     relu = lambda a: np.maximum(a, 0)  # noqa: E731
     a = [numpy_layer(factor[0], x) for factor in hidden.factors.values()]
+    normalised = [numpy_norm(factor[1], y) for factor, y in zip(hidden.factors.values(), a, strict=True)]
     match activation:
-        case "relu":
+        case "relu" | "relu-1024":
             return relu(a[0])
         case "tanh" | "wide-1024":
             return np.tanh(a[0])
@@ -88,20 +105,36 @@ def numpy_representation(activation, hidden, x):
         case "sigmoid-lan":
             return sigmoid(a[0]) * sigmoid(a[1])
         case "layernorm":
-            centred = a[0] - a[0].mean(axis=1, keepdims=True)
-            return np.tanh(centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5))
+            return np.tanh(normalised[0])
+        case "bilinear":
+            return a[0] * a[1]
+        case "tanh-glu":
+            return np.tanh(a[0]) * a[1]
+        case "layernorm-lan":
+            return np.tanh(normalised[0]) * np.tanh(normalised[1])
+        case "layernorm-relu":
+            return relu(normalised[0])
+        case "crelu":
+            return np.concatenate((relu(a[0]), relu(-a[0])), axis=1)
+        case "gelu":
+            return a[0] * (1 + np.vectorize(math.erf)(a[0] / math.sqrt(2))) / 2
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_representation_is_its_formula_and_every_factor_learns(activation):
-    """Would catch: a factor used twice, a sum for a product, norm after tanh, a factor cut off from the gradient."""
+    """Would catch: a factor used twice, a sum for a product, norm after tanh, one norm for two factors, the tanh that
+    approximates GELU, a factor cut off from the gradient."""
     torch.manual_seed(1)
     recipe = dqn.REPRESENTATIONS[activation]
-    hidden = dqn.Hidden(recipe, lambda: torch.nn.Linear(40, recipe.width))
-    x = torch.randn(7, 40)
+    hidden = dqn.Hidden(recipe, recipe.outputs, lambda outputs: torch.nn.Linear(40, outputs))
+    with torch.no_grad():
+        for norm in [module for module in hidden.modules() if isinstance(module, torch.nn.LayerNorm)]:
+            norm.weight.normal_()  # as after training: each its own
+            norm.bias.normal_()
+    x = 2 * torch.randn(7, 40)
     z = hidden(x)
     np.testing.assert_allclose(z.detach().numpy(), numpy_representation(activation, hidden, x.numpy()), atol=1e-5)
-    assert z.shape == (7, 1024 if activation == "wide-1024" else 512)
+    assert z.shape == (7, 1024 if activation.endswith("-1024") else 512)
     z.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in hidden.parameters())
     weights = [factor[0].weight for factor in hidden.factors.values()]
@@ -115,7 +148,94 @@ def test_parameter_counts():
     expected |= {"tanh-2xlan": 4_898_468}
     expected |= dict.fromkeys(("tanh", "sigmoid", "selu"), 1_686_180)
     expected |= dict.fromkeys(("tanh-addlan", "relu-lan", "sigmoid-lan"), 3_292_324)
+    # The convolutions have 77,984, a dense layer 3136 * 512 + 512 = 1,606,144, the head 2,052; a norm has 2 * 512.
+    expected |= {"bilinear": 3_292_324, "tanh-glu": 3_292_324, "layernorm-lan": 3_292_324 + 2 * 1024}
+    expected |= {"layernorm-relu": 1_686_180 + 1024, "relu-1024": 3_294_372, "gelu": 1_686_180}
+    expected |= {"crelu": 77_984 + (3136 * 256 + 256) + 2052}
     assert counts == expected
+
+
+@pytest.mark.parametrize(("conv_activation", "more"), CONV_PARAMETERS.items())
+def test_parameter_counts_of_the_convolutions(conv_activation, more):
+    """By hand, beside those of ReLU: the convolutions' 77,984 once more for each further factor, and 2 * (32 + 64 + 64)
+    for each norm."""
+    network = dqn.QNetwork(4, "tanh-lan", conv_activation)
+    assert sum(p.numel() for p in network.parameters()) == 3_292_324 + more
+
+
+def test_every_recipe_whose_width_is_free_makes_convolutions():
+    """Would catch: one that the flag does not take, or one that fixes the number of channels."""
+    assert set(dqn.CONVOLUTIONS) == set(ACTIVATIONS) - {"wide-1024", "relu-1024", "crelu"}
+    observations = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    for conv_activation in dqn.CONVOLUTIONS:
+        assert dqn.QNetwork(4, "crelu", conv_activation)(observations).shape == (2, 4)
+
+
+def test_convolutions_are_products_of_convolutions():
+    """In float64, by torch.nn.functional. Would catch: a factor used twice, an activation on the product, a recipe that
+    reaches one of the three alone, or z."""
+    torch.manual_seed(2)
+    network = dqn.QNetwork(4, "gelu", "tanh-lan")
+    observations = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    in_float32 = network.encoder(observations)
+    encoder, x = network.encoder.double(), observations.double() / 255
+    for layer, stride in ((encoder.conv1, 4), (encoder.conv2, 2), (encoder.conv3, 1)):
+        (enc, _), (star, _) = layer.factors.values()
+        first, second = (F.conv2d(x, conv.weight, conv.bias, stride) for conv in (enc, star))
+        expected = first.tanh() * second.tanh()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-14)
+        x = expected
+    z = encoder.z(x.flatten(1))
+    assert set(encoder.z.factors) == {"enc"}
+    torch.testing.assert_close(in_float32, z.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_convolutions_norm_is_over_the_channels_at_each_position():
+    """By numpy. Would catch: a norm over the positions, or over the whole map; another one for dense layers."""
+    norm, of_torch = dqn.ChannelNorm(6), torch.nn.LayerNorm(6)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    of_torch.load_state_dict(norm.state_dict())
+    maps = 3 + 2 * torch.randn(5, 6, 4, 3)
+    rows = maps.numpy().transpose(0, 2, 3, 1).reshape(-1, 6)  # a position's channels each
+    expected = numpy_norm(norm, rows).reshape(5, 4, 3, 6).transpose(0, 3, 1, 2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = norm(maps.contiguous(memory_format=layout)).detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(norm(maps[:, :, 0, 0]), of_torch(maps[:, :, 0, 0]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh-lan", "layernorm"])
+def test_without_the_flag_the_network_is_the_papers_bit_for_bit(activation):
+    """Against the trunk as it was before there were recipes for convolutions. Would catch: weights drawn in another
+    order, a ReLU that has become something else."""
+    torch.manual_seed(7)
+    trunk = nn.Sequential(
+        nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+        nn.Flatten(),
+    )  # fmt: skip
+    layers = [nn.Linear(3136, 512) for _ in range(2 if activation == "tanh-lan" else 1)]
+    norm, head = nn.LayerNorm(512), nn.Linear(512, 4)
+    torch.manual_seed(7)
+    network = dqn.QNetwork(4, activation)
+    weights = [*trunk.parameters(), *layers[0].parameters()]
+    weights += [*norm.parameters()] if activation == "layernorm" else []
+    weights += [p for layer in (*layers[1:], head) for p in layer.parameters()]
+    for ours, theirs in zip(network.parameters(), weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+    observations = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    trunk, network = (module.to(memory_format=torch.channels_last) for module in (trunk, network))
+    y = [layer(trunk((observations / 255).contiguous(memory_format=torch.channels_last))) for layer in layers]
+    z = {
+        "relu": lambda: y[0].relu(),
+        "tanh-lan": lambda: y[0].tanh() * y[1].tanh(),
+        "layernorm": lambda: norm(y[0]).tanh(),
+    }[activation]()
+    assert torch.equal(network(observations), head(z))
 
 
 def test_the_network_divides_by_255_and_its_convolutions_keep_relu():
@@ -138,6 +258,23 @@ def test_what_is_measured_is_z_and_the_factors_whose_product_it_is():
     torch.testing.assert_close(sample["z"], sample["z_enc"] * sample["z_star"] * sample["z_star2"])
     torch.testing.assert_close(network.q(sample["z"]), network(observations), atol=1e-5, rtol=1e-4)
     assert list(run.measure_network(dqn.QNetwork(4, "relu"), observations[:2])[0]) == ["z"]
+
+
+def test_a_convolutions_factors_are_measured_as_those_of_z_are():
+    """Would catch: a factor that nobody sees, one under another's name, feature maps in activations.npz."""
+    network = dqn.QNetwork(4, "tanh-glu", "tanh-lan")
+    with torch.no_grad():
+        for channel in network.encoder.conv2.factors["star"][0].weight[:16]:
+            channel.zero_()  # a quarter of its channels never changes, nor becomes 0
+    observations = torch.randint(0, 256, (60, 4, 84, 84), dtype=torch.uint8)
+    sample, layers = run.measure_network(network, observations)
+    assert list(sample) == ["z", "z_enc", "z_star"]
+    factors = {f"{layer}_{factor}" for layer in ("conv1", "conv2", "conv3", "z") for factor in ("enc", "star")}
+    assert layers.keys() == {"conv1", "conv2", "conv3", "z"} | factors
+    assert layers["conv2_star"]["constant"] == 0.25
+    assert layers["conv2_enc"]["constant"] == layers["conv2"]["zero"] == layers["conv2_star"]["zero"] == 0
+    # Of a tanh and of nothing else: a product, or a linear factor, has no bound.
+    assert {name for name, values in layers.items() if "saturated" in values} == factors - {"z_star"}
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -208,7 +345,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = dqn.QNetwork(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
+        network = dqn.QNetwork(4, "tanh-lan", amp=amp).to(memory_format=torch.channels_last)
         target_network = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(dqn.td_loss, disable=not compiled)
@@ -236,7 +373,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
 def scaled_network(amp):
     """Of `tanh-lan` with Q-values around 10, as a trained one has them."""
     torch.manual_seed(0)
-    network = dqn.QNetwork(4, "tanh-lan", amp)
+    network = dqn.QNetwork(4, "tanh-lan", amp=amp)
     with torch.no_grad():
         for factor in network.encoder.z.factors.values():
             factor[0].weight *= 40
@@ -282,7 +419,7 @@ def test_the_update_never_waits_for_the_device(monkeypatch, double_q):
     frames = torch.zeros(32, 5, 84, 84, dtype=torch.uint8, device="meta")
     row = torch.zeros(32, device="meta")
     for amp in (False, True):
-        network = dqn.QNetwork(6, "tanh-lan", amp).to("meta")
+        network = dqn.QNetwork(6, "layernorm-lan", "tanh-glu", amp).to("meta")
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         loss, _ = dqn.td_loss(network, network, Batch(frames, row.long(), row, row), 0.99, double_q)
         optimizer.zero_grad()
@@ -381,6 +518,7 @@ def test_tags_steps_and_files_of_a_run(trained):
             *("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons"),
             *("dead_neurons_scaled", "effective_rank_centred"),
             *("feature_norm", "dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak"),
+            *("effective_rank_z_enc", "effective_rank_z_star"),
         )
     }
     representation |= LAYER_TAGS

@@ -161,6 +161,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     [
         ({"seed": 2}, "--seed 1 (was 2);"),
         ({"learning_rate": 1e-3}, "--learning-rate 0.0001 (was 0.001);"),
+        ({"conv_activation": "tanh-lan"}, "--conv-activation relu (was tanh-lan);"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path, theirs, message):
@@ -245,6 +246,28 @@ def test_edited_flags_in_config_are_refused(tmp_path):
         begin(tmp_path)
     with pytest.raises(BadInput, match=r"is a checkpoint of other flags: --learning-rate 0.5 \(was 0.0001\);"):
         begin(tmp_path, learning_rate=0.5)
+
+
+def test_a_run_from_before_a_flag_is_resumed_with_its_default(tmp_path):
+    """Would catch: days of training that a new flag makes unusable; a flag that is not compared at all."""
+    path = with_points(begin(tmp_path), checkpoints=(4,))
+    config = json.loads((path / "config.json").read_text())
+    for name in ("conv_activation", "adam_eps"):
+        del config["args"][name]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"was started with other flags: --adam-eps 0.01 \(was 1e-05\);"):
+        begin(tmp_path, adam_eps=0.01)
+    assert begin(tmp_path).step == 4
+
+
+def test_runs_whose_convolutions_differ_have_folders_of_their_own(tmp_path):
+    """Would catch: two runs that overwrite each other, a name of the default that has changed."""
+    paths = [begin(tmp_path, conv_activation=name).folder.path for name in ("relu", "tanh-lan", "tanh")]
+    ending = ["", "+conv-tanh-lan", "+conv-tanh"]
+    assert [path.name for path in paths] == [NAME.replace("__1", f"{end}__1") for end in ending]
+    shutil.copy(paths[1] / "config.json", paths[2])
+    with pytest.raises(BadInput, match=r"config.json is not this run's"):
+        begin(tmp_path, conv_activation="tanh")
 
 
 def test_another_algorithm_is_named(tmp_path):

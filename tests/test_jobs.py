@@ -29,6 +29,7 @@ FIGURES = {  # figure: algorithm, games, activations, seeds
     "16": ("dqn", GAMES, MAIN, 5),
     "17": ("ppo", GAMES, MAIN, 5),
 }
+CONTROLS = {"bilinear", "tanh-glu", "layernorm-lan", "layernorm-relu", "relu-1024", "crelu", "gelu"}
 
 
 def run_jobs(*arguments, **variables):
@@ -58,7 +59,7 @@ def test_the_whole_study_seed_1_first():
     for algorithm in ("dqn", "ppo"):
         in_script = (ROOT / f"{algorithm}_atari_lan.py").read_text()
         table = set(re.findall(r'^    "([\w-]+)": Recipe\(', in_script, re.MULTILINE))
-        assert {activation for name, _, activation, _ in runs if name == algorithm} == table
+        assert {activation for name, _, activation, _ in runs if name == algorithm} == table - CONTROLS
     comparison = runs[:11]
     assert len({activation for _, _, activation, _ in comparison}) == 11
     assert len({(algorithm, game) for algorithm, game, _, _ in comparison}) == 1
@@ -77,6 +78,27 @@ def test_a_figures_runs(figure):
     }
     assert len(runs) == len(expected)
     assert set(runs) == expected
+
+
+def test_the_runs_of_the_controls():
+    """Of both algorithms. Would catch: controls without what they are compared with."""
+    others = {"relu", "tanh", "tanh-lan", "layernorm", "wide-1024"}
+    expected = {
+        (algorithm, game, activation, seed)
+        for algorithm in ("dqn", "ppo")
+        for game in GAMES
+        for activation in CONTROLS | others
+        for seed in "12345"
+    }
+    lines = jobs("--figure", "controls")
+    assert len(lines) == len(expected)
+    assert set(map(parsed, lines)) == expected
+    of_ppo = jobs("--figure", "controls", "--algorithms", "ppo", "--seeds", "2")
+    assert set(map(parsed, of_ppo)) == {run for run in expected if run[0] == "ppo" and run[3] == "2"}
+    one = jobs("--algorithms", "dqn", "--games", "Pong", "--activations", "crelu", "--seeds", "1", "--",
+               "--conv-activation", "tanh-lan")  # fmt: skip
+    script = "python dqn_atari_lan.py --env-id PongNoFrameskip-v4 --activation crelu --seed 1"
+    assert one == [f"{script} --conv-activation tanh-lan"]
 
 
 def test_filters_and_flags_that_are_passed_on():
@@ -105,10 +127,10 @@ def test_filters_and_flags_that_are_passed_on():
         ("--games Pong,", "--games Pong,: empty item; choose from"),
         ("--games Pong Breakout", "unexpected 'Breakout': lists are comma-separated, flags of the runs follow --"),
         ("--algorithms a2c", "choose from dqn,ppo"),
-        ("--activations relu,gelu", "--activations relu,gelu: unknown 'gelu'; choose from relu,tanh,"),
+        ("--activations relu,silu", "--activations relu,silu: unknown 'silu'; choose from relu,tanh,"),
         ("--seeds one", "--seeds one: expected whole numbers"),
         ("--seeds 1,,2", "expected whole numbers"),
-        ("--figure 2", "--figure 2: unknown figure; choose one of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17"),
+        ("--figure 2", "--figure 2: unknown figure; choose one of 1,4,5a,5b,6,7,8,10,11,13,14,15,16,17,controls"),
         ("--figure 8 --algorithms dqn", "--figure 8 needs none of these runs, only ppo"),
         ("-- --seed 4", "--seed is set by each line; choose with --games, --activations and --seeds"),
         ("-- --env_id=x", "--env_id=x is set by each line"),

@@ -207,11 +207,13 @@ def test_representation_metrics_by_hand():
     assert values["dead_neurons_scaled"] == 0.5
     assert values["effective_rank"] == 3
     assert values["effective_rank_centred"] == 2  # without the constant 3
+    assert (values["effective_rank_z_enc"], values["effective_rank_z_star"]) == (1, 3)
     assert 2 < values["entropy_rank"] < 3
     assert values["feature_norm"] == pytest.approx(np.linalg.norm(z.numpy(), axis=1).mean(), rel=1e-5)
     assert set(values) == {
         *("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm"),
         *("dead_neurons_z_enc", "dead_neurons_z_star", "dead_neurons_scaled", "effective_rank_centred"),
+        *("effective_rank_z_enc", "effective_rank_z_star"),
     }
     assert metrics.representation_metrics(z, threshold=1e9, generator=generator)["dead_neurons"] == 0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
-from plots_common import STEPS, draw, make_small_study, read_study  # noqa: F401 (a fixture)
+from plots_common import STEPS, draw, make_small_study, read_study, rows  # noqa: F401 (a fixture)
 from synthetic_study import make_run, true_layer, true_measurement, write_events
 
 import metrics
@@ -75,8 +75,9 @@ def test_a_single_run_without_baseline_still_gives_curves(tmp_path, runs_dir, ca
     messages = capsys.readouterr().err
     assert "no normalised score, dqn Breakout: no finished ReLU baseline" in messages
     assert "not drawn, no run with a normalised score: fig01_dqn_relu_tanh, fig05a_dqn_normalized" in messages
-    of_ppo = "study_ppo, layers_ppo, fig08a_ppo_normalized, fig08b_ppo_effective_rank, fig17_ppo_games"
+    of_ppo = "study_ppo, layers_ppo, fig08a_ppo_normalized, fig08b_ppo_effective_rank, fig17_ppo_games, controls_ppo"
     assert f"not drawn, no PPO run: {of_ppo}" in messages
+    assert "not drawn, no run of a control: controls_dqn" in messages
 
 
 DAMAGED = {
@@ -186,6 +187,77 @@ def test_every_algorithm_has_its_layers(tmp_path, runs_dir, capsys):
     assert "not drawn, no run that measured every layer: layers_dqn" in messages
 
 
+# -------------------------------------------------------------------------------------------- controls
+
+
+def test_each_control_stands_beside_its_parameters_rank_and_dead_neurons(tmp_path, runs_dir):
+    """Would catch: a row under another's name, the mean of seeds that belong to different games, the width of another
+    layer, a control among the paper's, convolutions of other recipes mixed with ReLU's."""
+    for game, seed in (("Pong", 1), ("Pong", 2), ("Qbert", 1), ("Qbert", 2)):
+        for activation in ("relu", "tanh-lan", "relu-1024", "bilinear"):
+            make_run(runs_dir, "dqn", game, activation, seed)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 2, conv_activation="tanh-lan")
+    figure, missing = figures.draw_controls(read_study(runs_dir, tmp_path), figures.FIGURES["controls_dqn"])
+    counts, *panels = figure.axes
+    labels = [label.get_text() for label in counts.get_yticklabels()]
+    above, below = ["ReLU, 4 runs", "Tanh (LaN), 4 runs"], ["Bilinear, 4 runs", "ReLU (1024), 4 runs"]
+    assert labels == [*above, *below, "Tanh, conv Tanh (LaN), 1 run"]
+    assert [round(bar.get_width()) for bar in counts.patches] == [1_686_180, 3_292_324, 3_292_324, 3_294_372, 1_686_180]
+    assert [text.get_text().strip() for text in counts.texts] == ["1.69 M", "3.29 M", "3.29 M", "3.29 M", "1.69 M"]
+    for axes, quantity in zip(panels, figures.CONTROL_QUANTITIES, strict=True):
+        dots = {int(line.get_ydata()[0]): line for line in axes.get_lines() if line.get_marker() == "o"}
+        for place, activation in enumerate(("relu", "tanh-lan", "bilinear", "relu-1024", "tanh")):
+            seeds = (2,) if activation == "tanh" else (1, 2)
+            true = [true_measurement(quantity, activation, seed, 1.0) for seed in seeds]
+            assert dots[place].get_xdata() == pytest.approx(true, rel=1e-5), (quantity, activation)
+        if quantity.startswith("effective_rank"):
+            widths = [float(line.get_xdata()[0]) for line in axes.get_lines() if line.get_marker() == "|"]
+            assert widths == [512, 512, 512, 1024, 512]
+    names = [
+        "Tanh",
+        "Tanh (LayerNorm)",
+        "Tanh (1024)",
+        "Tanh (GLU)",
+        "LaN (LayerNorm)",
+        "ReLU (LayerNorm)",
+        "CReLU",
+        "GELU",
+    ]
+    assert missing == [f"no {name}" for name in names]
+
+
+def test_controls_are_in_the_projects_figures_and_not_in_the_papers(tmp_path, runs_dir):
+    """Would catch: the paper's figures crowded by what it does not have; a control whose return nobody can see; of PPO,
+    the paper's other activations hidden since the controls' figure needs them."""
+    for activation in ("relu", "layernorm", "gelu"):
+        make_run(runs_dir, "ppo", "Pong", activation, 1)
+    make_run(runs_dir, "ppo", "Pong", "gelu", 1, conv_activation="tanh")
+    read = read_study(runs_dir, tmp_path)
+    more = {name: figures.shown_activations(read, plot)[4:] for name, plot in figures.FIGURES.items() if "ppo" in name}
+    assert more["study_ppo"] == more["layers_ppo"] == ["gelu", "gelu+conv-tanh", "layernorm"]
+    assert more["fig08a_ppo_normalized"] == more["fig17_ppo_games"] == ["gelu+conv-tanh", "layernorm"]
+    assert "gelu+conv-tanh" not in figures.activations_of_study("ppo")
+
+
+def test_runs_that_differ_in_their_convolutions_are_groups_of_their_own(tmp_path, runs_dir, capsys):
+    """Also beside runs of before the flag. Would catch: two networks averaged, a warning of mixed flags, the width of
+    512 for one of 1024."""
+    make_run(runs_dir, "dqn", "Pong", "wide-1024", 1)
+    make_run(runs_dir, "dqn", "Pong", "wide-1024", 2, conv_activation="relu").rename(runs_dir / "relu")
+    make_run(runs_dir, "dqn", "Pong", "wide-1024", 1, conv_activation="tanh-lan")
+    draw(runs_dir, tmp_path / "out", "tables")
+    found = {row["activation"]: row for row in rows(tmp_path / "out").values()}
+    assert found.keys() == {"wide-1024", "wide-1024+conv-tanh-lan"}
+    for row in found.values():
+        assert float(row["rank_share"]) == pytest.approx(float(row["effective_rank"]) / 1024)
+    messages = capsys.readouterr().err
+    assert "mixed" not in messages
+    assert "left out" not in messages
+    label = "Tanh (1024), conv Tanh (LaN)"
+    assert facts.style("wide-1024+conv-tanh-lan").label == label
+    assert facts.style("wide-1024+conv-tanh-lan@B").label == f"{label}, B"
+
+
 # ---------------------------------------------------------------------------------------- what is shown
 
 
@@ -213,7 +285,7 @@ def test_an_unknown_activation_is_a_line_of_its_own(tmp_path, runs_dir):
     assert len(special.axes[0].get_lines()) == 1
 
 
-@pytest.mark.parametrize("name", ["gelu", "_mine", "a$b$", "ψ-lan", "My Act_2", "x" * 80, "swish-1024", "wide-2xlan"])
+@pytest.mark.parametrize("name", ["swish", "_mine", "a$b$", "ψ-lan", "My Act_2", "x" * 80, "swish-1024", "wide-2xlan"])
 def test_a_script_may_invent_any_name(tmp_path, runs_dir, name):
     """Would catch: a formula, a line that no legend names, a name that stops a figure, another width."""
     make_run(runs_dir, "dqn", "Pong", name, 1)

@@ -58,12 +58,27 @@ def test_defaults_are_table_4(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- network
 
 
-def test_parameter_counts_and_initialisation():
-    """Orthogonal with gain sqrt(2) and zero bias for every hidden layer, all factors alike; 0.01 actor, 1 critic."""
-    network = ppo.ActorCritic(6, "tanh-2xlan")
+@pytest.mark.parametrize(
+    ("activation", "factors", "conv_activation", "conv_factors"),
+    [
+        ("tanh-2xlan", 3, "relu", 1),
+        ("bilinear", 2, "tanh-lan", 2),
+        ("tanh-glu", 2, "layernorm-lan", 2),
+        ("layernorm-lan", 2, "tanh-2xlan", 3),
+        ("layernorm-relu", 1, "bilinear", 2),
+        ("relu-1024", 1, "relu", 1),
+        ("crelu", 1, "relu", 1),
+        ("gelu", 1, "tanh-glu", 2),
+    ],
+)
+def test_initialisation(activation, factors, conv_activation, conv_factors):
+    """Orthogonal with gain sqrt(2) and zero bias for every hidden layer, all factors alike, those of a convolution too;
+    0.01 actor, 1 critic."""
+    network = ppo.ActorCritic(6, activation, conv_activation)
+    names = ("enc", "star", "star2")
     expected = {
-        **{f"encoder.{name}.factors.enc.0": 2**0.5 for name in ("conv1", "conv2", "conv3", "z")},
-        **{f"encoder.z.factors.{name}.0": 2**0.5 for name in ("star", "star2")},
+        **{f"encoder.conv{i}.factors.{name}.0": 2**0.5 for i in (1, 2, 3) for name in names[:conv_factors]},
+        **{f"encoder.z.factors.{name}.0": 2**0.5 for name in names[:factors]},
         **{"actor": 0.01, "critic": 1.0},
     }
     found = {}
@@ -74,6 +89,12 @@ def test_parameter_counts_and_initialisation():
             assert (layer.bias == 0).all()
             found[name] = layer
     assert found.keys() == expected.keys()
+    for norm in [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]:
+        assert (norm.weight == 1).all()
+        assert (norm.bias == 0).all()
+
+
+def test_parameter_counts():
     # The Q-head's 2052 parameters make way for an actor's 6 * 513 and a critic's 513.
     trunk = 1_686_180 - 2052
     assert sum(p.numel() for p in ppo.ActorCritic(6, "relu").parameters()) == trunk + 7 * 513
@@ -225,7 +246,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = ppo.ActorCritic(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
+        network = ppo.ActorCritic(4, "tanh-lan", amp=amp).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(ppo.ppo_loss, disable=not compiled)
         batches = [random_batch(generator) for _ in range(3)]
@@ -257,7 +278,7 @@ def test_amp_rounds_neither_values_nor_logits():
 
     def scaled_network(amp):
         torch.manual_seed(0)
-        network = ppo.ActorCritic(4, "tanh-lan", amp)
+        network = ppo.ActorCritic(4, "tanh-lan", amp=amp)
         network.critic.bias.fill_(20.0)
         network.actor.bias.fill_(10.0)
         return network
@@ -286,7 +307,7 @@ def test_the_update_never_waits_for_the_device(monkeypatch):
     row = torch.zeros(64, device="meta")
     batch = ppo.Batch(torch.zeros(64, 4, 84, 84, dtype=torch.uint8, device="meta"), row.long(), row, row, row, row)
     for amp in (False, True):
-        network = ppo.ActorCritic(6, "tanh-lan", amp).to("meta")
+        network = ppo.ActorCritic(6, "layernorm-lan", "tanh-glu", amp).to("meta")
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         loss, parts = ppo.ppo_loss(network, batch, 0.1, 0.01, 0.5, True, True)
         optimizer.zero_grad()
@@ -327,7 +348,7 @@ class Counting(gym.Env):
 class ValueIsNewestPixel(torch.nn.Module):
     """An actor-critic whose value of an observation is its newest pixel."""
 
-    def __init__(self, actions, activation, amp):
+    def __init__(self, actions, activation, conv_activation, amp):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
@@ -442,7 +463,7 @@ def test_tags_steps_and_first_minibatch_of_a_run(monkeypatch, runs_dir):
     }
     names = ("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm")
     names += ("dead_neurons_scaled", "effective_rank_centred")
-    factors = ("dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak")
+    factors = ("dead_neurons_z_enc", "dead_neurons_z_star", "effective_rank_z_enc", "effective_rank_z_star", "kde_peak")
     representation = {f"representation/{name}" for name in (*names, *factors)} | LAYER_TAGS
     games = {"charts/episodic_return", "charts/episodic_length"}
     assert set(events) == losses | representation | games | {"charts/learning_rate"}

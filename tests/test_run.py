@@ -45,6 +45,8 @@ RUNS = {
     "dqn": f"{DQN} {COMMON}".split(),
     "ppo-sync": f"{PPO} {COMMON} --no-async-envs".split(),
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
+    "dqn-controls": f"""{DQN} {COMMON} --activation layernorm-lan --conv-activation tanh-glu
+        --total-timesteps 700""".split(),
 }
 
 
@@ -162,7 +164,7 @@ def undisturbed(once):
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["dqn", "ppo-sync", "ppo-async"])
 def test_a_run_killed_twenty_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
     """SIGKILL and SIGTERM at random moments, from before the first checkpoint on, then to the end undisturbed.
     Would catch: any state that a checkpoint forgets, a point logged twice, a half-written file taken for whole."""
@@ -223,7 +225,7 @@ DEATHS = (("fsync", 0), ("fsync", 3), ("replace", 0), ("replace", 1), ("replace"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-sync"])
+@pytest.mark.parametrize("name", ["dqn", "ppo-sync", "dqn-controls"])
 def test_kills_inside_the_writing_of_a_checkpoint(name, runs_dir, undisturbed):
     """Would catch: a checkpoint that is renamed before its part, an old one deleted before the new one is whole."""
     expected = undisturbed(name)

@@ -16,7 +16,7 @@ import saturation
 import metrics
 from dqn_atari_lan import REPRESENTATIONS, Hidden
 
-CASES = list(itertools.product(saturation.ACTIVATIONS, saturation.FACTORS))
+CASES = [*itertools.product(("tanh", "sigmoid", "relu"), (1, 2, 3)), ("linear", 1), ("tanh-glu", 2), ("bilinear", 2)]
 
 
 def enumerated(activation, p, factors):
@@ -24,15 +24,19 @@ def enumerated(activation, p, factors):
 
     A state is a factor's limit as a number, or None while it moves: constant are products without a moving factor,
     and those with a zero."""
+    tanh, linear = {-1: p / 2, 1: p / 2, None: 1 - p}, {None: 1}
     states = {
-        "tanh": {-1: p / 2, 1: p / 2, None: 1 - p},
-        "sigmoid": {0: p / 2, 1: p / 2, None: 1 - p},
-        "relu": {0: p, None: 1 - p},
+        "tanh": [tanh] * factors,
+        "sigmoid": [{0: p / 2, 1: p / 2, None: 1 - p}] * factors,
+        "relu": [{0: p, None: 1 - p}] * factors,
+        "linear": [linear],
+        "tanh-glu": [tanh, linear],
+        "bilinear": [linear, linear],
     }[activation]
     total = 0.0
-    for combination in itertools.product(states, repeat=factors):
+    for combination in itertools.product(*states):
         if 0 in combination or None not in combination:
-            total += math.prod(states[state] for state in combination)
+            total += math.prod(of_factor[state] for of_factor, state in zip(states, combination, strict=True))
     return total
 
 
@@ -89,6 +93,27 @@ def test_dead_and_living_are_far_from_the_threshold():
         assert row["lowest_dead"] > 80, row
 
 
+def test_what_is_left_of_a_product():
+    """Would catch: factors in the wrong order, a large bias taken for a dead neuron, a variance that forgets a mean."""
+    rows = {(row["activation"], row["large"]): row for row in saturation.what_is_left(torch.Generator().manual_seed(2))}
+    # By hand for the linear factors: A x has a variance of 4, and the square of a large bias has a mean of 525.
+    assert rows["bilinear", "neither"]["derived"] == pytest.approx(4)
+    assert rows["bilinear", "one"]["derived"] == pytest.approx(math.sqrt(525 * 4 + 16))
+    assert rows["bilinear", "both"]["derived"] == pytest.approx(math.sqrt(2 * 525 * 4 + 16))
+    assert rows["tanh-glu", "the tanh"]["derived"] == rows["tanh-glu", "both"]["derived"] == pytest.approx(2)
+    assert rows["tanh", "both"]["derived"] == 0
+    for (activation, large), row in rows.items():
+        is_dead = (activation, large) == ("tanh", "both")
+        assert (row["lowest_peak"] >= 20, row["highest_peak"] >= 20) == (is_dead, is_dead)
+        assert row["simulated"] == pytest.approx(row["derived"], rel=0.05, abs=1e-6), (activation, large)
+    # What behind a saturated tanh is left of a GLU is its linear unit; of a bilinear product, all but (A1 x) (A2 x).
+    for large in ("the tanh", "both"):
+        assert rows["tanh-glu", large]["linear"] > 0.999
+    for row, squares in (("one", 525), ("both", 1050)):
+        assert rows["bilinear", row]["linear"] == pytest.approx(squares / (squares + 4), abs=0.004)
+    assert all(abs(rows[activation, "neither"]["linear"]) < 0.01 for activation in ("tanh", "tanh-glu", "bilinear"))
+
+
 def by_hand(activation, layers, x, below, upstream):
     """Gradients of Section 3.2's products, from its formulas in numpy's double precision."""
     f = {"tanh": np.tanh, "sigmoid": lambda a: 1 / (1 + np.exp(-a))}[activation]
@@ -109,7 +134,7 @@ def test_gradients_are_section_3s_formulas(activation, bias):
     torch.manual_seed(0)
     below = torch.nn.Linear(8, 8)
     torch.nn.init.orthogonal_(below.weight)
-    hidden = Hidden(REPRESENTATIONS[f"{activation}-lan"], lambda: torch.nn.Linear(8, 512))
+    hidden = Hidden(REPRESENTATIONS[f"{activation}-lan"], 512, lambda outputs: torch.nn.Linear(8, outputs))
     enc, star = (factor[0] for factor in hidden.factors.values())
     enc.bias.data.fill_(bias)
     star.bias.data.zero_()
@@ -177,6 +202,9 @@ def test_report_and_figures(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     for activation in saturation.ACTIVATIONS:
         assert text.count(f"| {activation} | 3 |") == 3
+    assert text.count("| linear | 1 |") == 2
+    for activation in saturation.CONTROLS:
+        assert text.count(f"| {activation} | 2 |") == 2
     for name in ("saturation", "saturation_gradients"):
         assert (tmp_path / f"{name}.csv").read_text()
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000

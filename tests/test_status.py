@@ -1,6 +1,7 @@
 """scripts/status.py: what has become of each run of a job list."""
 # ruff: noqa: F401, F811 (the fixture `project` is imported, then an argument)
 
+import importlib
 import json
 import os
 import re
@@ -10,7 +11,13 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 from launchers import STANDIN, bash, environment, files, job_list, locked_by_another_process, project, sweep
+
+import dqn_atari_lan
+import ppo_atari_lan
+from lan_utils import cli
+from lan_utils.study import run_name
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,21 @@ def test_a_copy_of_a_script_is_read(project):
     copy = STANDIN.replace('"standin"', '"mine"').replace('"tanh-lan"', '"relu"').replace(" = 1\n", " = 7\n", 1)
     (project / "copy.py").write_text(copy)
     assert planned(project, "python copy.py")[0][3] == "runs/.sweep/BreakoutNoFrameskip-v4__mine__relu__7.log"
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--conv-activation tanh-lan", "--conv_activation=layernorm", "--activation crelu"]
+)
+def test_a_jobs_folder_is_that_of_its_run(monkeypatch, tmp_path, flags):
+    """Would catch: a flag that names the folder and that the launchers do not know: a run that never looks finished."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    status = importlib.import_module("status")
+    file = tmp_path / "jobs.txt"
+    for module in (dqn_atari_lan, ppo_atari_lan):
+        file.write_text(f"python {module.__name__}.py {flags}")
+        monkeypatch.setattr(sys, "argv", [module.__name__, *flags.split()])
+        (job,) = status.read_jobs(str(file))
+        assert job.folder.name == run_name(cli.parse(module.Args))
 
 
 def test_dry_run_does_nothing(project):
