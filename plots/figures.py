@@ -682,8 +682,8 @@ CONTROLS = (
     "Is it the product, the activation or the parameters? At the end of the training; the controls are below the line. "
     "From left to right: parameters of the network, mean over runs; effective rank (99 % of the singular values' sum) "
     "of z as it is and of z minus each neuron's mean, grey up to the layer's width; dead neurons of z by the paper's "
-    "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot is a "
-    "seed, the mean over its games; a line is the mean over games of the mean over seeds."
+    "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot "
+    "is a seed, the mean over its games; a line is the mean over games of the mean over seeds."
 )
 CONTROL_QUANTITIES = ("effective_rank", "effective_rank_centred", "dead_neurons", "std_dead_neurons")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
