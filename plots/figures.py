@@ -391,7 +391,7 @@ def draw_controls(results: Results, plot: Plot) -> Drawing:
     known += sorted(name for name in found - set(known) if name.partition("+conv-")[0] in known)
     rows = sorted((name for name in known if name in found), key=is_control)
     if not any(map(is_control, rows)):
-        return None, ["no run of a control"]
+        return None, [NO_CONTROL]
     missing = [f"no {label_of(name)}" for name in plot.runs.activations if name not in found]
     figure = Figure((1.5 * panels + 3.2, 0.8 + 0.2 * len(rows)), layout="constrained")
     counts, *others = figure.subplots(1, 1 + panels, sharey=True, width_ratios=[0.6] + [1] * panels)
@@ -685,6 +685,7 @@ CONTROLS = (
     "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot "
     "is a seed, the mean over its games; a line is the mean over games of the mean over seeds."
 )
+NO_CONTROL = "no run of a control"
 CONTROL_QUANTITIES = ("effective_rank", "effective_rank_centred", "dead_neurons", "std_dead_neurons")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
 NORMALIZED = ("normalized_score",)
