@@ -145,8 +145,8 @@ class Run:
         stride: agent steps per turn of the training loop.
     """
 
-    writer: SummaryWriter
-    progress: Progress
+    writer: SummaryWriter | None = None
+    progress: Progress | None = None
 
     def __init__(
         self,
@@ -173,6 +173,7 @@ class Run:
         self._stops_at_once = False  # does a signal stop the run without waiting for a checkpoint?
         self._good_losses = "none was logged"
         self._status_written = 0.0
+        self._mirrored = False  # to Weights & Biases
 
     # -- start ----------------------------------------------------------------------------------------
 
@@ -189,6 +190,8 @@ class Run:
             HasFinished
         """
         self.things = things
+        at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
+        at_the_end.push(self._leave)
         network = next(iter(things.values()))
         parameters = sum(weight.numel() for weight in network.parameters())
         config = describe(self.algorithm, self.args, self.device, parameters)
@@ -201,8 +204,6 @@ class Run:
         if self.args.track:
             self._mirror(config)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
-        at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
-        at_the_end.push(self._leave)
         for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             # `nohup` ignores SIGHUP. What bash starts with & ignores SIGINT, although nobody asked for that.
             if signum in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(signum) != signal.SIG_IGN:
@@ -270,6 +271,7 @@ class Run:
                 sync_tensorboard=True,
                 dir=str(self.folder.path),
             )
+            self._mirrored = True
         except Exception as error:  # no network, no such entity: only its server knows
             reason = str(error).split("\n", 1)[0]
             raise RunFailed(f"--track: Weights & Biases says: {reason}; fix this, or start without --track") from None
@@ -291,7 +293,7 @@ class Run:
             self.signum, self._signalled_at = signum, time.monotonic()
         # Launchers may send one signal twice, and the kernel sends SIGXCPU every second.
         elif signum in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self._signalled_at > 1:
-            raise Stopped(signum, saved=False)
+            raise Stopped(signum, saved=self._saved is not None)
         if self._stops_at_once:
             self._stop()
 
@@ -439,15 +441,21 @@ class Run:
 
     def _leave(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """However the run ends, what was logged reaches the disk, and status.json no longer says running."""
-        if not (isinstance(error, OSError) and error.errno in DISK_FULL):  # TensorBoard's writer would wait for ever
+        # On a full disk TensorBoard's writer would wait for ever.
+        if self.writer and not (isinstance(error, OSError) and error.errno in DISK_FULL):
             with contextlib.suppress(RunFailed, OSError):
                 self.folder.require_ours()  # TensorBoard would make its file anew, in another process's run
                 self.writer.close()
         if self.state == "running":
             with contextlib.suppress(RunFailed, OSError):
                 self._write_status("failed")
+        if self._mirrored:
+            import wandb
+
+            wandb.finish(exit_code=1 if error else 0)  # the next run of this process is another one there
         if error:
-            self.progress.close()
+            if self.progress:
+                self.progress.close()
             for thing in self.things.values():
                 if close := getattr(thing, "close", None):
                     close()

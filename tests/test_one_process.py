@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Quadrants, make_quadrants, small_args, stacked
 
-from lan_utils.cli import Stopped
+from lan_utils.cli import BadInput, Stopped
 from lan_utils.run import Run
 
 pytestmark = pytest.mark.slow
@@ -132,6 +132,20 @@ def test_an_error_leaves_nothing_and_the_folder_can_be_trained_again(
     module.main(args)
     assert status(folder)["state"] == "finished"
     assert error.traceback  # until here it has kept all that main had made, as a notebook's last error does
+
+
+@pytest.mark.parametrize(("script", "async_envs"), KINDS)
+def test_a_run_that_is_refused_leaves_nothing(monkeypatch, runs_dir, unchanged, script, async_envs):
+    """Other flags than the folder's. Would catch: games, made before the folder was looked at, that live on."""
+    module = module_named(script)
+    monkeypatch.setattr(module, "make_env", make_quadrants)
+    module.main(small_args(module, runs_dir, async_envs=async_envs))
+    with pytest.raises(BadInput, match=r"was started with other flags: --gamma 0.1") as error:
+        module.main(small_args(module, runs_dir, async_envs=async_envs, gamma=0.1))
+    (folder,) = runs_dir.iterdir()
+    assert_free(folder)
+    assert multiprocessing.active_children() == []
+    assert error.traceback
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
