@@ -268,7 +268,7 @@ def update_on_the_stand_in(algorithm, amp, break_with):
             frames = torch.zeros((n, 5, 84, 84), dtype=torch.uint8)
             make = module.QNetwork if algorithm == "dqn" else module.ActorCritic
             module.nn.init.orthogonal_ = lambda weight, gain: weight  # draws what it computes with on the CPU
-            network, target = make(4, "tanh-2xlan", amp), make(4, "tanh-2xlan", amp)
+            network, target = make(4, "tanh-2xlan", amp=amp), make(4, "tanh-2xlan", amp=amp)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
         if algorithm == "dqn":
             batch = module.Batch(frames, integers, floats, floats)

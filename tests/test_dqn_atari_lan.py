@@ -208,7 +208,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = dqn.QNetwork(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
+        network = dqn.QNetwork(4, "tanh-lan", amp=amp).to(memory_format=torch.channels_last)
         target_network = copy.deepcopy(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(dqn.td_loss, disable=not compiled)
@@ -236,7 +236,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
 def scaled_network(amp):
     """Of `tanh-lan` with Q-values around 10, as a trained one has them."""
     torch.manual_seed(0)
-    network = dqn.QNetwork(4, "tanh-lan", amp)
+    network = dqn.QNetwork(4, "tanh-lan", amp=amp)
     with torch.no_grad():
         for factor in network.encoder.z.factors.values():
             factor[0].weight *= 40
@@ -282,7 +282,7 @@ def test_the_update_never_waits_for_the_device(monkeypatch, double_q):
     frames = torch.zeros(32, 5, 84, 84, dtype=torch.uint8, device="meta")
     row = torch.zeros(32, device="meta")
     for amp in (False, True):
-        network = dqn.QNetwork(6, "tanh-lan", amp).to("meta")
+        network = dqn.QNetwork(6, "tanh-lan", amp=amp).to("meta")
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         loss, _ = dqn.td_loss(network, network, Batch(frames, row.long(), row, row), 0.99, double_q)
         optimizer.zero_grad()

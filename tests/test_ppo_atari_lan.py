@@ -225,7 +225,7 @@ def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_
     def first_updates(amp, compiled):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        network = ppo.ActorCritic(4, "tanh-lan", amp).to(memory_format=torch.channels_last)
+        network = ppo.ActorCritic(4, "tanh-lan", amp=amp).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
         loss_function = torch.compile(ppo.ppo_loss, disable=not compiled)
         batches = [random_batch(generator) for _ in range(3)]
@@ -257,7 +257,7 @@ def test_amp_rounds_neither_values_nor_logits():
 
     def scaled_network(amp):
         torch.manual_seed(0)
-        network = ppo.ActorCritic(4, "tanh-lan", amp)
+        network = ppo.ActorCritic(4, "tanh-lan", amp=amp)
         network.critic.bias.fill_(20.0)
         network.actor.bias.fill_(10.0)
         return network
@@ -286,7 +286,7 @@ def test_the_update_never_waits_for_the_device(monkeypatch):
     row = torch.zeros(64, device="meta")
     batch = ppo.Batch(torch.zeros(64, 4, 84, 84, dtype=torch.uint8, device="meta"), row.long(), row, row, row, row)
     for amp in (False, True):
-        network = ppo.ActorCritic(6, "tanh-lan", amp).to("meta")
+        network = ppo.ActorCritic(6, "tanh-lan", amp=amp).to("meta")
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
         loss, parts = ppo.ppo_loss(network, batch, 0.1, 0.01, 0.5, True, True)
         optimizer.zero_grad()
@@ -327,7 +327,7 @@ class Counting(gym.Env):
 class ValueIsNewestPixel(torch.nn.Module):
     """An actor-critic whose value of an observation is its newest pixel."""
 
-    def __init__(self, actions, activation, amp):
+    def __init__(self, actions, activation, conv_activation, amp):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
