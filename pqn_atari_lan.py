@@ -345,8 +345,9 @@ def memory_needed(args: Args) -> int:
     rollout_steps = args.num_envs * args.num_steps
     frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
     workers = even_workers(args.num_envs) if args.async_envs else 0
-    games = 150_000_000 * workers + 3_000_000 * args.num_envs
-    return 1_000_000_000 + frames + games + 700_000 * rollout_steps // args.num_minibatches
+    games = 40_000_000 * workers + 2_500_000 * args.num_envs
+    factors = len(REPRESENTATIONS[args.conv_activation].activations)
+    return 1_000_000_000 + frames + games + 500_000 * factors * rollout_steps // args.num_minibatches
 
 
 def check_relations(args: Args) -> None:
