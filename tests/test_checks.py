@@ -48,25 +48,35 @@ BAD_INPUT = {
     "file as folder": (f"--runs-dir {ROOT}/README.md/runs", "is not a folder; name another one"),
     "read-only folder": ("--runs-dir /proc/runs", "cannot use /proc/runs/BreakoutNoFrameskip-v4__"),
 }
-BAD_PPO_INPUT = {
+BAD_ROLLOUT_INPUT = {
     "no environments": ("--num-envs 0", "--num-envs is 0; it must be positive"),
     "minibatches": (
         "--num-envs 3 --num-steps 5 --num-minibatches 4",
         "--num-minibatches is 4; it must divide --num-envs 3 times --num-steps 5 = 15",
     ),
-    "single transitions": ("--num-envs 2 --num-steps 2", "it must be below --num-envs 2 times --num-steps 2 = 4"),
-    "less than a rollout": ("--total-timesteps 1023", "--total-timesteps is 1023; it must be at least --num-envs 8"),
+    "less than a rollout": (
+        "--num-envs 8 --num-steps 128 --total-timesteps 1023",
+        "--total-timesteps is 1023; it must be at least --num-envs 8",
+    ),
     "memory": (
-        "--num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
+        "--num-envs 8 --num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
         "lower --num-envs 8, --num-steps 1000000 or --metrics-samples 2048",
     ),
-    "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
-    "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
     "ale's seeds": (
-        "--env-backend ale --checkpoint-frequency 0 --seed 2147483640",
+        "--env-backend ale --num-envs 8 --checkpoint-frequency 0 --seed 2147483640",
         "--seed is 2147483640; it must be below 2**31 - 8 for --env-backend ale",
     ),
     "checkpoints of ale": ("--env-backend ale", "a run cannot resume; accept that with --checkpoint-frequency 0"),
+}
+BAD_PPO_INPUT = BAD_ROLLOUT_INPUT | {
+    "single transitions": ("--num-envs 2 --num-steps 2", "it must be below --num-envs 2 times --num-steps 2 = 4"),
+    "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
+    "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
+}
+BAD_PQN_INPUT = BAD_ROLLOUT_INPUT | {
+    "lambda": ("--q-lambda 1.1", "--q-lambda is 1.1; it must lie in [0, 1]"),
+    "exploration": ("--start-e -1", "--start-e is -1.0; it must lie in [0, 1]"),
+    "too many games": ("--num-envs 1000000 --num-steps 8", "lower --num-envs 1000000, --num-steps 8 or --metrics"),
 }
 BAD_DQN_INPUT = {
     "zero batch": ("--batch-size 0", "--batch-size is 0; it must be positive"),
@@ -80,10 +90,11 @@ BAD_DQN_INPUT = {
     ),
     "exploration": ("--end-e 1.1", "--end-e is 1.1; it must lie in [0, 1]"),
 }
+BAD_INPUT_OF = {"dqn": BAD_DQN_INPUT, "ppo": BAD_PPO_INPUT, "pqn": BAD_PQN_INPUT}
 ALL_BAD_INPUT = [
     pytest.param(script, *case, id=f"{script[:3]}-{name}")
     for script in SCRIPTS
-    for name, case in (BAD_INPUT | (BAD_DQN_INPUT if script.startswith("dqn") else BAD_PPO_INPUT)).items()
+    for name, case in (BAD_INPUT | BAD_INPUT_OF[script[:3]]).items()
 ]
 
 

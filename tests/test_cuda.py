@@ -274,6 +274,7 @@ def update_on_the_stand_in(algorithm, amp, break_with):
             frames = torch.zeros((n, 5, 84, 84), dtype=torch.uint8)
             make = module.Network
             module.nn.init.orthogonal_ = lambda weight, gain: weight  # draws what it computes with on the CPU
+            module.nn.init.trunc_normal_ = lambda weight, **limits: weight  # looks at what it has drawn
             network, target = make(4, "tanh-2xlan", amp=amp), make(4, "tanh-2xlan", amp=amp)
         if algorithm == "pqn":
             optimizer = torch.optim.RAdam(network.parameters(), lr=1e-4)
