@@ -148,9 +148,9 @@ def test_lambda_returns_by_hand():
 
     From the end: 1 + .5*6 = 4 (the rollout ends); 2 + .5*8 = 6 (truncated: its true last observation is worth 8);
     0 + .5*(.5*4 + .5*6) = 2.5; 3 (terminated); 1 + .5*(.5*2 + .5*3) = 2.25.
-    Would catch: a sum across an episode's end, the mistake of two widely copied public implementations, which gives
-    3 + .5*.5*2.5 = 3.625 for the second step; a truncation taken for a termination, which gives 2 for the fourth; one
-    that is bootstrapped from the next episode's first observation.
+    Would catch: a sum across an episode's end, the mistake of a widely copied public implementation, which gives
+    3 + .5*.5*2.5 = 3.625 for the second step; a truncation taken for a termination, as in others, which gives 2 for
+    the fourth; one that is bootstrapped from the next episode's first observation.
     """
     found = returns_of([1, 3, 0, 2, 1], [2, 99, 4, 8, 6], [0, 1, 0, 0, 0], [0, 1, 0, 1, 0], 0.5, 0.5)
     assert found == [2.25, 3, 2.5, 6, 4]
@@ -328,8 +328,7 @@ class ValueIsNewestPixel(torch.nn.Module):
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_dir, async_envs):
     """What reaches lambda_returns in a rollout of 13 steps: an episode of 5 that is truncated, one of 7 that
-    terminates. Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap,
-    which other public implementations take."""
+    terminates. Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap."""
     monkeypatch.setattr(pqn, "make_env", lambda *arguments: stacked(Counting()))
     monkeypatch.setattr(pqn, "QNetwork", ValueIsNewestPixel)
     calls = []

@@ -192,7 +192,8 @@ def test_a_row_in_the_table_is_a_flag_trains_and_is_drawn(monkeypatch, tmp_path,
     assert found.keys() == {"relu", "silu-lan"}
     assert (found["silu-lan"]["drawn"], found["silu-lan"]["note"]) == ("True", "")
     assert float(found["silu-lan"]["effective_rank"]) > 0
-    study = figures.FIGURES[f"study_{script.split('_')[0]}"]
+    algorithm = script.split("_")[0]
+    study = figures.figures_of([algorithm])[f"study_{algorithm}"]
     assert "silu-lan" in figures.shown_activations(read_study(tmp_path / "runs", tmp_path), study)
     sample = np.load(next((tmp_path / "runs").glob("*silu-lan*/activations.npz")))
     assert sorted(sample) == ["z", "z_enc", "z_star"]
