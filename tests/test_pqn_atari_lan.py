@@ -328,7 +328,7 @@ class ValueIsNewestPixel(torch.nn.Module):
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_dir, async_envs):
     """What reaches lambda_returns in a rollout of 13 steps: an episode of 5 that is truncated, one of 7 that
-    terminates. Would catch: next-step autoreset (a transition across the reset), the reset's observation as bootstrap."""
+    terminates. Would catch: a transition across the reset (next-step autoreset), its observation as bootstrap."""
     monkeypatch.setattr(pqn, "make_env", lambda *arguments: stacked(Counting()))
     monkeypatch.setattr(pqn, "QNetwork", ValueIsNewestPixel)
     calls = []
