@@ -158,15 +158,23 @@ class Hidden(nn.Module):
     Args:
         outputs: neurons or channels of each of the parallel layers.
         make_layer: called once for each parallel layer, so that each has weights of its own.
+        norm: before each activation, in place of the recipe's own.
     """
 
-    def __init__(self, recipe: Recipe, outputs: int, make_layer: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        outputs: int,
+        make_layer: Callable[[int], nn.Module],
+        norm: type[nn.Module] | None = None,
+    ):
         super().__init__()
         self.join = recipe.join
         self.factors = nn.ModuleDict()
+        make_norm = norm or recipe.norm
         for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
-            norm = [recipe.norm(outputs)] if recipe.norm else []
-            self.factors[name] = nn.Sequential(make_layer(outputs), *norm, activation())
+            norms = [make_norm(outputs)] if make_norm else []
+            self.factors[name] = nn.Sequential(make_layer(outputs), *norms, activation())
 
     def forward(self, x: Tensor) -> Tensor:
         z, *others = [factor(x) for factor in self.factors.values()]
@@ -180,15 +188,22 @@ class Encoder(nn.Module):
 
     Args:
         amp: compute z in bfloat16; what follows it stays in float32.
+        norm: before every activation; None leaves each recipe its own, if it has one.
     """
 
-    def __init__(self, activation: str, conv_activation: str = "relu", amp: bool = False):
+    def __init__(
+        self,
+        activation: str,
+        conv_activation: str = "relu",
+        amp: bool = False,
+        norm: type[nn.Module] | None = None,
+    ):
         super().__init__()
         recipe, conv = REPRESENTATIONS[activation], REPRESENTATIONS[conv_activation]
-        self.conv1 = Hidden(conv, 32, lambda outputs: nn.Conv2d(4, outputs, 8, stride=4))
-        self.conv2 = Hidden(conv, 64, lambda outputs: nn.Conv2d(32, outputs, 4, stride=2))
-        self.conv3 = Hidden(conv, 64, lambda outputs: nn.Conv2d(64, outputs, 3, stride=1))
-        self.z = Hidden(recipe, recipe.outputs, lambda outputs: nn.Linear(3136, outputs))
+        self.conv1 = Hidden(conv, 32, lambda outputs: nn.Conv2d(4, outputs, 8, stride=4), norm)
+        self.conv2 = Hidden(conv, 64, lambda outputs: nn.Conv2d(32, outputs, 4, stride=2), norm)
+        self.conv3 = Hidden(conv, 64, lambda outputs: nn.Conv2d(64, outputs, 3, stride=1), norm)
+        self.z = Hidden(recipe, recipe.outputs, lambda outputs: nn.Linear(3136, outputs), norm)
         self.width, self.amp = recipe.width, amp
 
     @property

@@ -48,11 +48,13 @@ CONTENDERS = {
     "ppo --amp --compile": ("ppo", ["--amp", "--compile"]),
     "ppo --env-backend ale": ("ppo", ALE),
     "ppo --amp --compile --env-backend ale": ("ppo", ["--amp", "--compile", *ALE]),
+    "pqn": ("pqn", []),  # stable-baselines3 has none: it is compared with PPO
+    "pqn --amp --compile": ("pqn", ["--amp", "--compile"]),
 }
-MAIN = ("sb3 dqn", "dqn", "sb3 ppo", "ppo")
+MAIN = ("sb3 dqn", "dqn", "sb3 ppo", "ppo", "pqn")
 # On a GPU each of the two flags is of interest alone, and so are both together.
-ON_CUDA = {f"{name} {flag}": (name, [flag]) for name in ("dqn", "ppo") for flag in ("--amp", "--compile")}
-MAIN_ON_CUDA = (*MAIN, "dqn --amp --compile", "ppo --amp --compile")
+ON_CUDA = {f"{name} {flag}": (name, [flag]) for name in ("dqn", "ppo", "pqn") for flag in ("--amp", "--compile")}
+MAIN_ON_CUDA = (*MAIN, *(f"{name} --amp --compile" for name in ("dqn", "ppo", "pqn")))
 # Where an agent step goes; not with --compile, which would compile the timers too.
 BROKEN_DOWN = {
     "dqn": ("dqn", []),
@@ -61,9 +63,11 @@ BROKEN_DOWN = {
     "ppo --amp": ("ppo", ["--amp"]),
     "ppo --env-backend ale": ("ppo", ALE),
     "ppo --amp --env-backend ale": ("ppo", ["--amp", *ALE]),
+    "pqn": ("pqn", []),
+    "pqn --amp": ("pqn", ["--amp"]),
 }
-WARM_UP = {"dqn": 2000, "ppo": 3 * 1024}  # agent steps: past the start of learning, and compilation
-TIMED = {"dqn": 2000, "ppo": 5 * 1024}
+WARM_UP = {"dqn": 2000, "ppo": 3 * 1024, "pqn": 2 * 4096}  # agent steps: past the start of learning, and compilation
+TIMED = {"dqn": 2000, "ppo": 5 * 1024, "pqn": 2 * 4096}
 TIMES_ON_CUDA = 10  # as many times longer, or it would take only seconds
 RAM_GB = 24  # of the machine for which `how_many_fit` counts runs
 CARD_SECONDS = 1  # between two looks at the GPU's memory
@@ -81,8 +85,8 @@ class Args:
     """CPU threads of torch; with --at-once it is one"""
     at_once: tuple[int, ...] = ()
     """numbers of runs at once, each on a core of its own; of several, the one with the highest sum is printed"""
-    algorithms: tuple[Literal["dqn", "ppo"], ...] = ("dqn", "ppo")
-    """the algorithms to measure"""
+    algorithms: tuple[Literal["dqn", "ppo", "pqn"], ...] = ("dqn", "ppo", "pqn")
+    """the algorithms to measure; beside pqn, which stable-baselines3 does not have, ppo"""
     against: Path | None = None
     """folder of another checkout of this project, to compare with instead of stable-baselines3"""
     quick: bool = False
@@ -237,16 +241,26 @@ def card_memory() -> float:
 
 
 def contenders(args: Args) -> dict[str, tuple[str, list[str] | None]]:
-    """Those of CONTENDERS that are measured, in their order; each algorithm's rival is called "sb3" or "before"."""
+    """Those of CONTENDERS that are measured, in their order; an algorithm's rival is called "sb3" or "before"."""
     every = CONTENDERS | (ON_CUDA if args.cuda else {})
     main = MAIN_ON_CUDA if args.cuda else MAIN
     chosen = main if args.quick or args.at_once or args.against else every
     rival = "before" if args.against else "sb3"
-    return {name.replace("sb3", rival): every[name] for name in chosen if every[name][0] in args.algorithms}
+    if args.against:
+        every["before pqn"] = ("pqn", None)
+        chosen = (*chosen, "before pqn")
+    beside = {"ppo"} if "pqn" in args.algorithms and not args.against else set()
+    return {
+        name.replace("sb3", rival): every[name]
+        for name in chosen
+        if every[name][0] in args.algorithms or name in beside
+    }
 
 
 def rival_of(name: str, args: Args) -> str:
-    return f"{'before' if args.against else 'sb3'} {contenders(args)[name][0]}"
+    algorithm = contenders(args)[name][0]
+    rival = f"{'before' if args.against else 'sb3'} {algorithm}"
+    return rival if rival in contenders(args) else "ppo"
 
 
 def steps_of(algorithm: str, args: Args) -> tuple[int, int]:
@@ -366,7 +380,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     timed(run.Run, "save", "checkpoints")
     timed(run.Run, "_save", "checkpoints")
     timed(torch.Tensor, "backward", "update: backward")
-    timed(torch.optim.Adam, "step", "update: optimizer")
+    timed(torch.optim.RAdam if algorithm == "pqn" else torch.optim.Adam, "step", "update: optimizer")
     if algorithm == "dqn":
         timed(atari.WholeGames, "step", "environment")
         timed(atari.WholeGames, "reset", "environment")
@@ -377,9 +391,12 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     else:
         timed(atari.VectorGames, "step", "environment")
         timed(atari.AleGames, "step", "environment")
-        timed(module.ActorCritic, "forward", "acting")  # inside ppo_loss it counts as update
-        timed(module, "ppo_loss", "update: forward")
-        timed(module, "compute_gae", "advantages")
+        timed(module.Network, "forward", "acting")  # inside the loss it is counted with it
+        timed(module, "ppo_loss" if algorithm == "ppo" else "td_loss", "update: forward")
+        if algorithm == "ppo":
+            timed(module, "compute_gae", "advantages")
+        else:
+            timed(module, "lambda_returns", "returns")
         timed(torch.nn.utils, "clip_grad_norm_", "update: clipping")
     update = cli.Progress.update
 
@@ -396,7 +413,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     with tempfile.TemporaryDirectory() as runs_dir:
         args = Args(env_id=env_id)
         flags = our_flags(algorithm, args, num_threads, runs_dir)
-        flags += ["--no-async-envs"] if algorithm == "ppo" else []
+        flags += ["--no-async-envs"] if algorithm != "dqn" else []
         flags += ["--metrics-frequency", "500", "--checkpoint-frequency", "500"]  # a few of these rare events
         sys.argv = [f"{algorithm}_atari_lan.py", *flags, *more_flags]
         cli.launch(module.main, module.Args)
@@ -417,7 +434,7 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
 
 
 def breakdowns(args: Args) -> Iterator[tuple[str, dict]]:
-    names = ("dqn", "ppo") if args.at_once or args.against else tuple(BROKEN_DOWN)
+    names = ("dqn", "ppo", "pqn") if args.at_once or args.against else tuple(BROKEN_DOWN)
     threads = 1 if args.at_once else args.num_threads
     for name in names:
         algorithm, flags = BROKEN_DOWN[name]
@@ -511,9 +528,11 @@ def check(args: Args) -> None:
     require(0 < args.num_threads <= os.cpu_count(), args, "num_threads", f"lie in 1 to {os.cpu_count()}")
     for n in args.at_once:
         refuse_unless(0 < n <= cores, f"--at-once {n}: each run has a core of its own; it must lie in 1 to {cores}")
-    scripts = (args.against or ROOT) / "dqn_atari_lan.py"
-    refuse_unless(len(args.algorithms) > 0, "--algorithms takes dqn, ppo or both")
-    refuse_unless(scripts.is_file(), f"--against {args.against} is not a checkout of this project")
+    refuse_unless(len(args.algorithms) > 0, "--algorithms takes one or more of dqn, ppo, pqn")
+    scripts = [(args.against or ROOT) / f"{algorithm}_atari_lan.py" for algorithm in ("dqn", *args.algorithms)]
+    refuse_unless(scripts[0].is_file(), f"--against {args.against} is not a checkout of this project")
+    missing = [script.name for script in scripts if not script.is_file()]
+    refuse_unless(not missing, f"--against {args.against} has no {', '.join(missing)}; leave it out by --algorithms")
     file = record_file(args)
     try:
         refuse_unless(isinstance(json.loads(file.read_text()), dict) if file.exists() else True, "")

@@ -1,6 +1,6 @@
 """What `layers/` adds to a measurement of z alone: CPU seconds and peak memory.
 
-python benchmark/layers_benchmark.py             # both algorithms, tanh-lan, 2048 observations, seven rounds
+python benchmark/layers_benchmark.py             # every algorithm, tanh-lan, 2048 observations, seven rounds
 python benchmark/layers_benchmark.py --rounds 3
 
 Both ways alternate, so that both see the same load. Memory: the median over three fresh processes of
@@ -69,7 +69,7 @@ def main(rounds: int = 7) -> None:
     Args:
         rounds: measurements each way.
     """
-    for algorithm in ("dqn", "ppo"):
+    for algorithm in ("dqn", "ppo", "pqn"):
         network, observations = prepared(algorithm)
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for way in WAYS:

@@ -1,8 +1,9 @@
-"""Atari games for both algorithms: whole-game scores, games that can be saved, vectors of them, playing, filming."""
+"""Atari games for every algorithm: whole-game scores, games that can be saved, vectors of them, playing, filming."""
 
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import os
 import signal
@@ -19,10 +20,12 @@ import torch
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
 from lan_utils.cli import STOP_SIGNALS, RunFailed, same_command
+from lan_utils.machine import usable_cores
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stderr
@@ -110,43 +113,127 @@ class WholeGames(gym.Wrapper):
 # --------------------------------------------------------------------------------------- many games at once
 
 
+class GamesOfAWorker(gym.Env):
+    """Several games in one process, which gymnasium steps as if they were one."""
+
+    def __init__(self, games: list[gym.Env]):
+        self.games = games
+        self.observation_space = batch_space(games[0].observation_space, len(games))
+        self.action_space = batch_space(games[0].action_space, len(games))
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        seeds = [None if seed is None else seed + i for i in range(len(self.games))]
+        stacks, infos = zip(
+            *(game.reset(seed=seed, options=options) for game, seed in zip(self.games, seeds, strict=True)), strict=True
+        )
+        return np.stack(stacks), {"games": list(infos)}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, list[float], list[bool], list[bool], dict]:
+        stacks, *results, infos = zip(*map(_step_or_reset, self.games, actions), strict=True)
+        return np.stack(stacks), *map(list, results), {"games": list(infos)}
+
+    def close(self) -> None:
+        for game in self.games:
+            game.close()
+
+    @property
+    def snapshots(self) -> list[dict]:
+        return [game.get_wrapper_attr("snapshot") for game in self.games]
+
+    @snapshots.setter
+    def snapshots(self, states: list[dict]) -> None:
+        for game, state in zip(self.games, states, strict=True):
+            game.set_wrapper_attr("snapshot", state)
+
+
+def _step_or_reset(game: gym.Env, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+    """A step, and where it ends the episode the reset too."""
+    stack, reward, terminated, truncated, info = game.step(action)
+    if terminated or truncated:
+        ended = {"final_obs": stack, "final_info": info}
+        stack, info = game.reset()
+        info = ended | info
+    return stack, reward, terminated, truncated, info
+
+
+def even_workers(num_envs: int) -> int:
+    """The most worker processes that can have equally many games each, and a CPU core each."""
+    return max(n for n in range(1, min(num_envs, usable_cores()) + 1) if num_envs % n == 0)
+
+
 class VectorGames(VectorWrapper):
     """Games side by side, each behind `WholeGames`: they can be saved, and a dead worker ends the run with one line.
 
     A game that ends is reset in the same step; `final_obs` and `final_info` describe its end.
+
+    Args:
+        async_envs: in worker processes.
+        workers: how many, with equally many games each; None: one for each game.
     """
 
-    def __init__(self, make_game: Callable[[], gym.Env], num_envs: int, async_envs: bool):
-        if async_envs:
-            makers = [functools.partial(_make_worker_game, make_game, parent=os.getpid())] * num_envs
-            env = AsyncVectorEnv(makers, shared_memory=True, autoreset_mode=AutoresetMode.SAME_STEP)
-        else:
-            env = SyncVectorEnv([make_game] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    def __init__(self, make_game: Callable[[], gym.Env], num_envs: int, async_envs: bool, workers: int | None = None):
+        self.games, self.workers = num_envs, (workers or num_envs) if async_envs else 0
+        if not async_envs:
+            super().__init__(SyncVectorEnv([make_game] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
+            return
+        make = functools.partial(_make_worker_games, make_game, num_envs // self.workers, parent=os.getpid())
+        # A worker resets its games by itself.
+        env = AsyncVectorEnv([make] * self.workers, shared_memory=True, autoreset_mode=AutoresetMode.DISABLED)
         super().__init__(env)
+        self.single_action_space = gym.spaces.Discrete(int(env.single_action_space.nvec[0]))
 
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+    num_envs = property(lambda self: self.games)
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
         with self._workers():
-            return self.env.reset(**kwargs)
+            if not self.workers:
+                return self.env.reset(seed=seed)
+            first_of_each = range(0, self.games, self.games // self.workers)
+            stacks, infos = self.env.reset(seed=[None if seed is None else seed + i for i in first_of_each])
+            return stacks.reshape(self.games, *stacks.shape[2:]), self._side_by_side(infos)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         with self._workers():
-            return self.env.step(actions)
+            if not self.workers:
+                return self.env.step(actions)
+            stacks, *results, infos = self.env.step(np.reshape(actions, (self.workers, -1)))
+            rewards, terminations, truncations = (part.reshape(self.games) for part in results)
+            return (
+                stacks.reshape(self.games, *stacks.shape[2:]),
+                rewards,
+                terminations,
+                truncations,
+                self._side_by_side(infos),
+            )
+
+    def _side_by_side(self, infos: dict) -> dict:
+        """The games' infos as a vector environment has them."""
+        together: dict = {}
+        for i, info in enumerate(itertools.chain.from_iterable(infos["games"])):
+            together = self._add_info(together, info, i)
+        return together
 
     def state_dict(self) -> dict[str, Any]:
         with self._workers():
-            return {"games": list(self.env.get_attr("snapshot"))}
+            if not self.workers:
+                return {"games": list(self.env.get_attr("snapshot"))}
+            return {"games": list(itertools.chain.from_iterable(self.env.get_attr("snapshots")))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         games = [{key: _array(value) for key, value in game.items()} for game in state["games"]]
         with self._workers():
-            self.env.set_attr("snapshot", games)
+            if not self.workers:
+                self.env.set_attr("snapshot", games)
+                return
+            share = self.games // self.workers
+            self.env.set_attr("snapshots", [games[i : i + share] for i in range(0, self.games, share)])
 
     def close(self, **kwargs: Any) -> None:
         """Even in the middle of a step, or when workers have died: they have nothing to save."""
         for worker in getattr(self.env, "processes", ()):
             worker.kill()
             worker.join()
-        if isinstance(self.env, AsyncVectorEnv):
+        if self.workers:
             self.env.closed = self.closed = True
         else:
             super().close(**kwargs)
@@ -164,7 +251,7 @@ def _array(value: Any) -> Any:
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
-def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
+def _make_worker_games(make_game: Callable[[], gym.Env], count: int, parent: int) -> GamesOfAWorker:
     """In a worker, ignore signals: they reach the whole process group, and the parent decides when to stop."""
     if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
         for signum in STOP_SIGNALS:
@@ -173,7 +260,7 @@ def _make_worker_game(make_game: Callable[[], gym.Env], parent: int) -> gym.Env:
             sys.stdout.reconfigure(line_buffering=True)  # closing kills the worker: write what a game prints at once
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
-    return make_game()
+    return GamesOfAWorker([make_game() for _ in range(count)])
 
 
 class AleGames(VectorWrapper):

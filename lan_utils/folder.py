@@ -45,7 +45,7 @@ class RunFolder:
     """`<runs-dir>/<env_id>__<exp_name>__<activation>__<seed>` of the run that the flags name.
 
     Args:
-        algorithm: "dqn" or "ppo".
+        algorithm: "dqn", "ppo" or "pqn".
         args: the flags.
     """
 

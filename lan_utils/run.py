@@ -137,7 +137,7 @@ class Run:
     """One run's folder, from the lock to `model.pt`. Nothing is written before `resume`.
 
     Args:
-        algorithm: "dqn" or "ppo".
+        algorithm: "dqn", "ppo" or "pqn".
         args: the flags.
         device: that the networks are on.
         rng: the generator of everything that the script itself draws.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
-ALGORITHMS = ("dqn", "ppo")  # <algorithm>_atari_lan.py is the script of each
+ALGORITHMS = ("dqn", "ppo", "pqn")  # <algorithm>_atari_lan.py is the script of each
 GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders", "VideoPinball")
 SEEDS = (1, 2, 3, 4, 5)
 

@@ -37,7 +37,7 @@ START = re.compile(r"^=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\
 EXIT = re.compile(r"^=== \S+ exit (\d+)$", re.MULTILINE)
 STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes of a run that a signal stopped and that resumes
 LOG_TAIL = 20_000  # bytes
-OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with its eight games
+OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with 8 games, PQN with 128
 FRESH_SECONDS = 600  # a run whose lock cannot be seen, as on another host, is running if it has written so lately
 
 defaults_of = functools.cache(flags.defaults_of)

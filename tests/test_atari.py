@@ -156,9 +156,11 @@ ROMS = {
 make_breakout = functools.partial(ppo.make_env, "BreakoutNoFrameskip-v4")
 
 
-def rollout(async_envs, seed, steps=400, envs=3):
+def rollout(async_envs, seed, steps=400, envs=3, workers=None):
     """Random actions on Breakout: everything that the script would store or log."""
-    vector = atari.VectorGames(make_breakout, envs, async_envs)
+    vector = atari.VectorGames(make_breakout, envs, async_envs, workers)
+    assert vector.num_envs == envs
+    assert vector.single_action_space == gym.spaces.Discrete(4)
     rng = np.random.default_rng(seed)
     stacks, _ = vector.reset(seed=seed)
     seen = [stacks]
@@ -191,21 +193,41 @@ def test_sync_and_async_rollouts_are_identical():
     assert not np.array_equal(synchronous[0], rollout(False, seed=9, steps=1)[0])
 
 
-@pytest.mark.parametrize("async_envs", [False, True])
-def test_games_side_by_side_continue_from_their_states(tmp_path, async_envs):
-    """Through a file, into other processes. Would catch: one game's state given to another, tensors for arrays."""
+@pytest.mark.slow
+def test_several_games_in_a_worker_play_as_one_in_each():
+    """Six games in two workers, and in this process. Would catch: a seed, an action or a game that ended given to
+    another game; a reset that a worker leaves to the next step."""
+    synchronous = rollout(False, seed=1, steps=250, envs=6)
+    assert_equal_rollouts(synchronous, rollout(True, seed=1, steps=250, envs=6, workers=2))
+    ended = {i for step in synchronous[1:] for i in step[5]}
+    assert len(ended) >= 4  # in both workers
+
+
+def test_workers_have_equally_many_games(monkeypatch):
+    """Would catch: a game that nobody plays, more processes than cores."""
+    for cores, expected in ((1, 1), (2, 2), (3, 2), (6, 4), (16, 16), (500, 128)):
+        monkeypatch.setattr(atari, "usable_cores", lambda cores=cores: cores)
+        assert atari.even_workers(128) == expected
+    assert atari.even_workers(7) == 7
+
+
+# Where the games that were saved are played, and where those that continue: in how many workers; 0: in this process.
+@pytest.mark.parametrize(("workers", "other_workers"), [(0, 0), (4, 4), (2, 0), (4, 2)])
+def test_games_side_by_side_continue_from_their_states(tmp_path, workers, other_workers):
+    """Through a file, into other processes. Would catch: one game's state given to another, tensors for arrays, a
+    checkpoint that only as many workers can read."""
 
     def play(games, steps):
         rng = np.random.default_rng(1)
-        return [games.step(rng.integers(4, size=2))[:4] for _ in range(steps)]
+        return [games.step(rng.integers(4, size=4))[:4] for _ in range(steps)]
 
-    games = atari.VectorGames(make_breakout, 2, async_envs)
+    games = atari.VectorGames(make_breakout, 4, workers > 0, workers or None)
     games.reset(seed=1)
     play(games, 60)
     checkpoint.write_checked(tmp_path / "games", games.state_dict())
     expected = [[part.copy() for part in step] for step in play(games, 60)]
     games.close()
-    other = atari.VectorGames(make_breakout, 2, async_envs)
+    other = atari.VectorGames(make_breakout, 4, other_workers > 0, other_workers or None)
     other.reset(seed=2)
     other.load_state_dict(checkpoint.read_checked(tmp_path / "games"))
     for step, expected_step in zip(play(other, 60), expected, strict=True):
@@ -229,9 +251,9 @@ class Loud(gym.Wrapper):
         return self.env.step(action)
 
 
-games = VectorGames(lambda: Loud(make_quadrants("")), 2, async_envs=True)
+games = VectorGames(lambda: Loud(make_quadrants("")), 4, async_envs=True, workers=2)
 games.reset(seed=1)
-games.step([0, 0])
+games.step([0, 0, 0, 0])
 games.close()
 """
 
@@ -243,20 +265,21 @@ def test_what_a_game_prints_in_a_worker_is_seen(tmp_path):
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     done = subprocess.run([sys.executable, tmp_path / "loud.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "printed in a step\n" * 2
-    assert done.stderr == "complained in a step\n" * 2
+    assert done.stdout == "printed in a step\n" * 4
+    assert done.stderr == "complained in a step\n" * 4
 
 
-def test_dead_workers_are_one_line_and_closing_needs_none():
+@pytest.mark.parametrize("workers", [4, 2])
+def test_dead_workers_are_one_line_and_closing_needs_none(workers):
     """As the out-of-memory killer does it. Would catch: a parent that waits for ever, a finished run that fails."""
-    games = atari.VectorGames(functools.partial(make_quadrants, ""), 2, async_envs=True)
+    games = atari.VectorGames(functools.partial(make_quadrants, ""), 4, async_envs=True, workers=workers)
     games.reset(seed=1)
     os.kill(games.env.processes[1].pid, signal.SIGKILL)
     games.env.processes[1].join()
     with pytest.raises(RunFailed, match=r"^a worker process died"):
-        games.step(np.zeros(2, int))
+        games.step(np.zeros(4, int))
     games.close()
-    others = atari.VectorGames(functools.partial(make_quadrants, ""), 2, async_envs=True)
+    others = atari.VectorGames(functools.partial(make_quadrants, ""), 4, async_envs=True, workers=workers)
     others.reset(seed=1)
     for process in others.env.processes:
         os.kill(process.pid, signal.SIGKILL)

@@ -83,7 +83,7 @@ def test_gpu_memory_is_what_all_cards_and_processes_say(tmp_path, monkeypatch):
     assert "--id=2,3" in (tmp_path / "asked").read_text()
 
 
-@pytest.mark.parametrize(("cuda", "expected"), [(False, 8), (True, 12)])
+@pytest.mark.parametrize(("cuda", "expected"), [(False, 10), (True, 16)])
 def test_contenders(cuda, expected):
     """Would catch: a contender without its rival, --amp and --compile alone left out where there is a GPU."""
     args = benchmark.Args()
@@ -96,6 +96,21 @@ def test_contenders(cuda, expected):
     names = list(benchmark.contenders(args))
     assert names[:2] == ["before ppo", "ppo"]
     assert {benchmark.rival_of(name, args) for name in names} == {"before ppo"}
+
+
+def test_pqn_stands_beside_ppo():
+    """stable-baselines3 has no PQN. Would catch: a rival that is not measured, which ends the benchmark at its end."""
+    args = benchmark.Args(algorithms=("pqn",))
+    assert list(benchmark.contenders(args)) == ["ppo", "pqn", "pqn --amp --compile"]
+    assert {benchmark.rival_of(name, args) for name in benchmark.contenders(args)} == {"ppo"}
+    args = benchmark.Args(algorithms=("dqn", "pqn"), quick=True)
+    assert {name: benchmark.rival_of(name, args) for name in benchmark.contenders(args)} == {
+        "sb3 dqn": "sb3 dqn", "dqn": "sb3 dqn", "ppo": "ppo", "pqn": "ppo",
+    }  # fmt: skip
+    args.against = ROOT
+    assert {name: benchmark.rival_of(name, args) for name in benchmark.contenders(args)} == {
+        "before dqn": "before dqn", "dqn": "before dqn", "pqn": "before pqn", "before pqn": "before pqn",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -138,11 +153,11 @@ def test_a_damaged_record_is_not_written_over(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo", "pqn"])
 def test_a_small_measurement_of_both_sides(monkeypatch, algorithm):
     """Would catch: a rival that is not trained alike any more, a script's flag or TensorBoard tag that is gone."""
-    monkeypatch.setattr(benchmark, "WARM_UP", {"dqn": 1000, "ppo": 1024})
-    monkeypatch.setattr(benchmark, "TIMED", {"dqn": 1000, "ppo": 1024})
+    monkeypatch.setattr(benchmark, "WARM_UP", {"dqn": 1000, "ppo": 1024, "pqn": 4096})
+    monkeypatch.setattr(benchmark, "TIMED", {"dqn": 1000, "ppo": 1024, "pqn": 4096})
     args = benchmark.Args(at_once=(1,), algorithms=(algorithm,))
     measured = {name: benchmark.measure(name, args, at_once=1) for name in benchmark.contenders(args)}
     for found in measured.values():
@@ -156,18 +171,22 @@ def test_a_small_measurement_of_both_sides(monkeypatch, algorithm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo", "pqn"])
 def test_a_small_breakdown(algorithm):
     """Would catch: a function that the breakdown times and the scripts do not call any more."""
     code = f"import sys; sys.path.insert(0, 'benchmark'); import benchmark as b; b.WARM_UP = {{'{algorithm}': 1000}}; "
-    code += f"b.TIMED = {{'{algorithm}': 1100}}; "
+    code += f"b.TIMED = {{'{algorithm}': {7192 if algorithm == 'pqn' else 1100}}}; "
     code += f"b.breakdown('{algorithm}', 'BreakoutNoFrameskip-v4', 1, ['--metrics-samples', '512'])"
     done = run_script("-c", code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     expected = {"environment", "acting", "update: forward", "update: backward", "update: optimizer"}
     expected |= {"logging", "metrics", "checkpoints", "the rest"}
-    expected |= {"replay: add", "replay: sample"} if algorithm == "dqn" else {"advantages", "update: clipping"}
+    expected |= {
+        "dqn": {"replay: add", "replay: sample"},
+        "ppo": {"advantages", "update: clipping"},
+        "pqn": {"returns", "update: clipping"},
+    }[algorithm]
     assert found["parts"].keys() == expected
     assert sum(found["parts"].values()) == pytest.approx(found["ms per agent step"], rel=0.01)
     assert all(milliseconds > 0 for milliseconds in found["parts"].values())

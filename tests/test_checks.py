@@ -13,6 +13,7 @@ from conftest import ROOT, SCRIPTS, launch_in_process
 
 import dqn_atari_lan as dqn
 import ppo_atari_lan as ppo
+import pqn_atari_lan as pqn
 from lan_utils import checks
 from lan_utils.cli import BadInput
 from lan_utils.study import transition_bytes
@@ -47,25 +48,35 @@ BAD_INPUT = {
     "file as folder": (f"--runs-dir {ROOT}/README.md/runs", "is not a folder; name another one"),
     "read-only folder": ("--runs-dir /proc/runs", "cannot use /proc/runs/BreakoutNoFrameskip-v4__"),
 }
-BAD_PPO_INPUT = {
+BAD_ROLLOUT_INPUT = {
     "no environments": ("--num-envs 0", "--num-envs is 0; it must be positive"),
     "minibatches": (
         "--num-envs 3 --num-steps 5 --num-minibatches 4",
         "--num-minibatches is 4; it must divide --num-envs 3 times --num-steps 5 = 15",
     ),
-    "single transitions": ("--num-envs 2 --num-steps 2", "it must be below --num-envs 2 times --num-steps 2 = 4"),
-    "less than a rollout": ("--total-timesteps 1023", "--total-timesteps is 1023; it must be at least --num-envs 8"),
+    "less than a rollout": (
+        "--num-envs 8 --num-steps 128 --total-timesteps 1023",
+        "--total-timesteps is 1023; it must be at least --num-envs 8",
+    ),
     "memory": (
-        "--num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
+        "--num-envs 8 --num-steps 1000000 --total-timesteps 8000000 --num-minibatches 4",
         "lower --num-envs 8, --num-steps 1000000 or --metrics-samples 2048",
     ),
-    "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
-    "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
     "ale's seeds": (
-        "--env-backend ale --checkpoint-frequency 0 --seed 2147483640",
+        "--env-backend ale --num-envs 8 --checkpoint-frequency 0 --seed 2147483640",
         "--seed is 2147483640; it must be below 2**31 - 8 for --env-backend ale",
     ),
     "checkpoints of ale": ("--env-backend ale", "a run cannot resume; accept that with --checkpoint-frequency 0"),
+}
+BAD_PPO_INPUT = BAD_ROLLOUT_INPUT | {
+    "single transitions": ("--num-envs 2 --num-steps 2", "it must be below --num-envs 2 times --num-steps 2 = 4"),
+    "lambda": ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie in [0, 1]"),
+    "target": ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
+}
+BAD_PQN_INPUT = BAD_ROLLOUT_INPUT | {
+    "lambda": ("--q-lambda 1.1", "--q-lambda is 1.1; it must lie in [0, 1]"),
+    "exploration": ("--start-e -1", "--start-e is -1.0; it must lie in [0, 1]"),
+    "too many games": ("--num-envs 1000000 --num-steps 8", "lower --num-envs 1000000, --num-steps 8 or --metrics"),
 }
 BAD_DQN_INPUT = {
     "zero batch": ("--batch-size 0", "--batch-size is 0; it must be positive"),
@@ -79,10 +90,11 @@ BAD_DQN_INPUT = {
     ),
     "exploration": ("--end-e 1.1", "--end-e is 1.1; it must lie in [0, 1]"),
 }
+BAD_INPUT_OF = {"dqn": BAD_DQN_INPUT, "ppo": BAD_PPO_INPUT, "pqn": BAD_PQN_INPUT}
 ALL_BAD_INPUT = [
     pytest.param(script, *case, id=f"{script[:3]}-{name}")
     for script in SCRIPTS
-    for name, case in (BAD_INPUT | (BAD_DQN_INPUT if script.startswith("dqn") else BAD_PPO_INPUT)).items()
+    for name, case in (BAD_INPUT | BAD_INPUT_OF[script[:3]]).items()
 ]
 
 
@@ -269,6 +281,25 @@ def test_memory_that_is_asked_for_counts_the_batch():
     assert ppo.memory_needed(rollout) - ppo.memory_needed(ppo.Args(num_envs=8, num_steps=750)) > 1.3e9
 
 
+def test_memory_that_pqn_asks_for_counts_its_games_and_its_minibatches():
+    """Measured: 1.28 GB of a default run with all games in its process, 1.9 MB a game, 0.47 MB for an observation of a
+    minibatch, and 1.2 MB with convolutions of three factors. Would catch: PPO's 150 MB for each of 128 games."""
+    args = pqn.Args(async_envs=False)
+    assert 1.3e9 < pqn.memory_needed(args) < 2e9
+    assert pqn.memory_needed(pqn.Args(async_envs=False, num_envs=1280, num_minibatches=320)) > 2.4e9 + 1e9
+    whole = pqn.Args(async_envs=False, num_minibatches=1)
+    assert pqn.memory_needed(whole) - pqn.memory_needed(args) > 0.47e6 * (4096 - 128)
+    whole.conv_activation = "tanh-2xlan"
+    assert pqn.memory_needed(whole) - pqn.memory_needed(args) > 1.2e6 * (4096 - 128)
+
+
+def test_pqn_is_refused_in_time_where_its_memory_is_not_free(monkeypatch):
+    """Would catch: a run that is ended by the kernel after its first update."""
+    monkeypatch.setattr(checks, "free_memory", lambda: 1_500_000_000)
+    with pytest.raises(BadInput, match=r"^not enough memory: .* GB needed, 1\.5 GB free; lower --num-envs 128, "):
+        pqn.check_relations(pqn.Args(async_envs=False))
+
+
 def test_every_game_is_granted_a_fifth_more_than_random_play_took():
     """Would catch: a game that needs more memory than is announced; one that is new and was not measured."""
     rows = (ROOT / "results" / "replay_benchmark_every.txt").read_text().splitlines()[2:]
@@ -286,6 +317,7 @@ def test_a_sweep_counts_on_what_the_run_announces():
         job = parse_job(1, f"python dqn_atari_lan.py {words}")
         assert job.ram == dqn.memory_needed(dqn.Args(**flags)) // 1_000_000
     assert parse_job(1, "python ppo_atari_lan.py").ram >= ppo.memory_needed(ppo.Args()) // 1_000_000
+    assert parse_job(1, "python pqn_atari_lan.py").ram >= pqn.memory_needed(pqn.Args(async_envs=False)) // 1_000_000
 
 
 def test_memory_beyond_what_is_free_is_refused(monkeypatch):

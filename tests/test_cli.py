@@ -37,7 +37,7 @@ def test_bad_input_from_the_shell(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "experiments/regression.py"],
+    ["dqn_atari_lan.py", "ppo_atari_lan.py", "pqn_atari_lan.py", "plot_results.py", "experiments/regression.py"],
 )
 def test_help_that_nobody_reads_ends_quietly(script):
     """As behind `| head`. Would catch: a traceback of BrokenPipeError below the help."""

@@ -19,10 +19,11 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import benchmark
 import metrics
 
-ALGORITHMS = ("dqn", "ppo")
+ALGORITHMS = ("dqn", "ppo", "pqn")
 SMALL = {
     "dqn": ["--total-timesteps", "3000", "--learning-starts", "500", "--metrics-frequency", "1000"],
     "ppo": ["--total-timesteps", "3072", "--metrics-frequency", "1000"],
+    "pqn": ["--total-timesteps", "3072", "--metrics-frequency", "1000", "--num-envs", "32", "--num-minibatches", "8"],
 }
 THIS_FILE = "import sys; sys.path.insert(0, 'tests'); import test_cuda"
 
@@ -112,8 +113,9 @@ def train_with_sync_as_an_error(algorithm, broken, arguments):
     from lan_utils import cli, replay
 
     module = __import__(f"{algorithm}_atari_lan")
-    loss_function = getattr(module, f"{'td' if algorithm == 'dqn' else 'ppo'}_loss")
-    sample, optimizer_step = replay.ReplayMemory.sample, torch.optim.Adam.step
+    loss_function = getattr(module, f"{'ppo' if algorithm == 'ppo' else 'td'}_loss")
+    optimizer = torch.optim.RAdam if algorithm == "pqn" else torch.optim.Adam
+    sample, optimizer_step = replay.ReplayMemory.sample, optimizer.step
     updates = []
 
     def forbidding(function):
@@ -137,7 +139,7 @@ def train_with_sync_as_an_error(algorithm, broken, arguments):
 
     setattr(module, loss_function.__name__, forbidding(loss_of))
     replay.ReplayMemory.sample = forbidding(sample)
-    torch.optim.Adam.step = step
+    optimizer.step = step
     sys.argv = [f"{algorithm}_atari_lan.py", *arguments]
     cli.launch(module.main, module.Args)
     print(len(updates), "updates")
@@ -157,7 +159,7 @@ def test_no_update_waits_for_the_device(algorithm, broken, runs_dir, gpu):
         assert "synchronizing CUDA operation" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout.split(" updates")[0].split()[-1]) == {"dqn": 625, "ppo": 48}[algorithm]
+        assert int(done.stdout.split(" updates")[0].split()[-1]) == {"dqn": 625, "ppo": 48, "pqn": 48}[algorithm]
 
 
 @pytest.mark.cuda
@@ -261,18 +263,30 @@ def update_on_the_stand_in(algorithm, amp, break_with):
     elif break_with == "a host copy":
         functional.mse_loss = lambda values, targets: (values - targets).square().mean() * float(values.sum() + 1)
         module.torch.min = lambda a, b: torch.minimum(a, b) * float(a.sum())
+    if algorithm == "pqn" and break_with:
+        of_returns = {"a tensor on the CPU": lambda r: torch.zeros(len(r)), "a host copy": lambda r: float(r.sum())}
+        make_batch = module.Batch
+        module.Batch = lambda *columns: make_batch(*columns[:2], columns[2] + of_returns[break_with](columns[2]))
     with FakeTensorMode():
         n = 32
         with torch.device(STAND_IN):
             floats, integers = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
             frames = torch.zeros((n, 5, 84, 84), dtype=torch.uint8)
-            make = module.QNetwork if algorithm == "dqn" else module.ActorCritic
+            make = module.Network
             module.nn.init.orthogonal_ = lambda weight, gain: weight  # draws what it computes with on the CPU
+            module.nn.init.trunc_normal_ = lambda weight, **limits: weight  # looks at what it has drawn
             network, target = make(4, "tanh-2xlan", amp=amp), make(4, "tanh-2xlan", amp=amp)
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
+        if algorithm == "pqn":
+            optimizer = torch.optim.RAdam(network.parameters(), lr=1e-4)
+        else:
+            optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, eps=1e-5, fused=True)
         if algorithm == "dqn":
             batch = module.Batch(frames, integers, floats, floats)
             loss, _ = module.td_loss(network, target, batch, 0.99, True)
+        elif algorithm == "pqn":
+            parts = [floats.reshape(8, 4)] * 4
+            returns = module.lambda_returns(*parts, 0.99, 0.65).flatten()
+            loss, _ = module.td_loss(network, module.Batch(frames[:, 1:], integers, returns))
         else:
             parts = [part.reshape(8, 4) for part in (floats, floats, floats, floats, floats)]
             advantages = module.compute_gae(*parts, 0.99, 0.95).flatten()
@@ -281,7 +295,7 @@ def update_on_the_stand_in(algorithm, amp, break_with):
             loss, _ = module.ppo_loss(network, batch, 0.1, 0.01, 0.5, True, True)
         optimizer.zero_grad()
         loss.backward()
-        if algorithm == "ppo":
+        if algorithm != "dqn":
             torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         optimizer.step()
         gradients = {parameter.grad.device.type for parameter in network.parameters()}

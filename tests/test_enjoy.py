@@ -25,6 +25,7 @@ GAMES = 3
 FLAGS = {
     "dqn": ("--total-timesteps", 300, "--learning-starts", 100, "--buffer-size", 300),
     "ppo": ("--total-timesteps", 256, "--num-envs", 2, "--num-steps", 64, "--no-async-envs"),
+    "pqn": ("--total-timesteps", 256, "--num-envs", 2, "--num-steps", 64, "--no-async-envs", "--layer-norm", "map"),
 }
 
 
@@ -35,7 +36,7 @@ def train(algorithm, runs_dir, *flags):
     return next(runs_dir.iterdir())
 
 
-@pytest.fixture(params=["dqn", "ppo"])
+@pytest.fixture(params=["dqn", "ppo", "pqn"])
 def finished(request, once, tmp_path):
     """A copy of a finished run that has played three games in the end."""
     trained = once(f"enjoy_{request.param}", lambda folder: train(request.param, folder, "--eval-episodes", GAMES))

@@ -1,4 +1,4 @@
-"""run.py with both scripts: kills and resumes, signals, full disks, and how a run ends."""
+"""run.py with every script: kills and resumes, signals, full disks, and how a run ends."""
 
 import fcntl
 import functools
@@ -41,12 +41,16 @@ DQN = """dqn_atari_lan.py --total-timesteps 1200 --buffer-size 512 --learning-st
     --metrics-frequency 500 --eval-episodes 1"""
 PPO = """ppo_atari_lan.py --total-timesteps 1152 --num-envs 2 --num-steps 32 --num-minibatches 4 --update-epochs 1
     --checkpoint-frequency 192 --metrics-frequency 500"""
+PQN = """pqn_atari_lan.py --total-timesteps 1152 --num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1
+    --exploration-fraction 0.5 --checkpoint-frequency 192 --metrics-frequency 500"""
 RUNS = {
     "dqn": f"{DQN} {COMMON}".split(),
     "ppo-sync": f"{PPO} {COMMON} --no-async-envs".split(),
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
     "dqn-controls": f"""{DQN} {COMMON} --activation layernorm-lan --conv-activation tanh-glu
         --total-timesteps 700""".split(),
+    "pqn-sync": f"{PQN} {COMMON} --no-async-envs".split(),
+    "pqn-async": f"{PQN} {COMMON} --async-envs".split(),  # several games in each worker
 }
 
 
@@ -148,10 +152,10 @@ def assert_equal(ours, theirs, where=""):
 
 @pytest.fixture(scope="session")
 def undisturbed(once):
-    """The outcome of each of RUNS when nothing disturbs it; PPO's does not depend on its processes."""
+    """The outcome of each of RUNS when nothing disturbs it; none depends on its processes."""
 
     def get(name):
-        name = "ppo-sync" if name == "ppo-async" else name
+        name = name.replace("async", "sync")
 
         def make(runs_dir):
             code, text = run(name, runs_dir)
