@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import SCRIPTS
 
 import dqn_atari_lan
 import plot_results
@@ -129,7 +130,7 @@ def test_scripts_exist_and_take_the_flags_of_the_commands():
 
 def test_flags_exist():
     """A flag that prose goes on naming after it was renamed or removed."""
-    scripts = ["dqn_atari_lan.py", "ppo_atari_lan.py", "plot_results.py", "tests/synthetic_study.py"]
+    scripts = [*SCRIPTS, "plot_results.py", "tests/synthetic_study.py"]
     folders = ("scripts", "experiments", "benchmark")
     files = [file for folder in folders for file in (ROOT / folder).iterdir() if file.suffix in (".py", ".sh")]
     scripts += [str(file.relative_to(ROOT)) for file in files]
