@@ -52,7 +52,8 @@ def blocks(network: nn.Module) -> dict[str, Block]:
         elif name in factors:
             linear, *others = module
             found.setdefault("flat", Block("flat", "flatten", (linear.in_features,), 0))
-            layer = "linear\n" + ", ".join(type(each).__name__ for each in others)
+            names = ("LayerNorm" if isinstance(each, nn.LayerNorm) else type(each).__name__ for each in others)
+            layer = "linear\n" + ", ".join(names)
         else:
             layer = "linear" if name in heads else {torch.mul: TIMES, torch.add: "+"}[module.join]
         count = sum(p.numel() for p in module.parameters())

@@ -52,14 +52,15 @@ def test_labels_follow_the_modules(network_class, activation):
     network = network_class(7, activation)
     texts = labels(network, activation)
     factors = list(network.encoder.z.factors)
-    width = "1024" if activation == "wide-1024" else "512"
+    width = 1024 if activation.endswith("-1024") else 512
     assert f"$z$\n{width}" in texts
-    count = f"{int(width) * 3137 + 1024 * (activation == 'layernorm'):,}"  # with the norm's own
+    outputs = 256 if activation == "crelu" else width
+    count = f"{outputs * 3137 + 1024 * activation.startswith('layernorm'):,}"  # with the norm's own
     assert sum(text.startswith("linear\n") and text.endswith(count) for text in texts) == len(factors)
     assert any(text.endswith("\n7") for text in texts)
     assert (TIMES in texts) == (len(factors) > 1 and activation != "tanh-addlan")
     assert ("+" in texts) == (activation == "tanh-addlan")
-    assert any("LayerNorm" in text for text in texts) == (activation == "layernorm")
+    assert any("LayerNorm" in text for text in texts) == activation.startswith("layernorm")
     total = sum(p.numel() for p in network.parameters())
     assert f"--activation {activation}: {total:,} parameters" in texts
     assert f"8 {TIMES} 8 conv\nstride 4\nReLU\n8,224" in texts

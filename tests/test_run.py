@@ -48,7 +48,7 @@ RUNS = {
     "ppo-sync": f"{PPO} {COMMON} --no-async-envs".split(),
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
     "dqn-controls": f"""{DQN} {COMMON} --activation layernorm-lan --conv-activation tanh-glu
-        --total-timesteps 700""".split(),
+        --total-timesteps 1100""".split(),
     "pqn-sync": f"{PQN} {COMMON} --no-async-envs".split(),
     "pqn-async": f"{PQN} {COMMON} --async-envs".split(),  # several games in each worker
 }
