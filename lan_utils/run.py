@@ -84,14 +84,15 @@ def leaves_no_trace(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(main)
     def wrapped(args: Any) -> None:
-        with _process_as_before(), contextlib.ExitStack() as stack:
-            token = _at_the_end.set(stack)
-            try:
-                main(args)
-            except HasFinished as finished:
-                print_line(str(finished))
-            finally:
-                _at_the_end.reset(token)
+        try:
+            with _process_as_before(), contextlib.ExitStack() as stack:
+                token = _at_the_end.set(stack)
+                try:
+                    main(args)
+                finally:
+                    _at_the_end.reset(token)
+        except HasFinished as finished:
+            print_line(str(finished))
 
     return wrapped
 
