@@ -666,8 +666,9 @@ DENSITY = (
 STUDY = (
     f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU's. "
     f"From left to right: mean return of the last {LAST_GAMES} games; dead neurons of z by the paper's kernel density, "
-    "which takes a small z for a dead one; constant neurons, by a standard deviation below 0.001; effective rank of z "
-    "minus each neuron's mean, and as a share of its 512 neurons (the paper's, of z as it is: Figures 6b and 8b). "
+    "which mistakes small activations for dead neurons; constant neurons, by a standard deviation below 0.001; "
+    "effective rank of z minus each neuron's mean, and as a share of its 512 neurons (the paper's, of z as it is: "
+    "Figures 6b and 8b). "
     f"Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
 )
 STUDY_QUANTITIES = ("normalized_score", "dead_neurons", "std_dead_neurons", "effective_rank_centred")

@@ -120,6 +120,21 @@ def test_of_an_unfinished_run_the_newest_whole_checkpoint_plays(finished, capsys
 
 
 @pytest.mark.slow
+def test_the_weights_of_a_step_play_and_are_measured(ppo_run, capsys):
+    """Would catch: the newest weights in place of those asked for, a step that is not there."""
+    weights = torch.load(ppo_run / "model.pt", weights_only=True)
+    torch.save({name: 0 * weight for name, weight in weights.items()}, ppo_run / "weights_64.pt")
+    play(ppo_run, episodes=3, step=64, measure=True)
+    output = capsys.readouterr().out
+    assert f"weights   {ppo_run / 'weights_64.pt'}" in output
+    assert "trained   64 agent steps, kept along the way" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("  conv3 ")]
+    assert line.split()[1:] == ["100.0%", "100.0%", "100.0%"]  # constant, zero, dormant
+    with pytest.raises(BadInput, match=r"--step 65: .* has no weights of this agent step; kept are 64$"):
+        play(ppo_run, step=65)
+
+
+@pytest.mark.slow
 def test_films_and_measurements_go_into_a_new_folder(ppo_run, capsys, monkeypatch):
     """Would catch: the run's own activations or films overwritten; numbers that are not those of the file; a film of
     nothing; a folder left behind though nothing was written."""

@@ -666,6 +666,30 @@ def test_what_batch_systems_send_asks_for_a_checkpoint_however_often(monkeypatch
             signal.signal(other, handler)
 
 
+def test_weights_are_kept_along_the_way_until_overwrite(tmp_path):
+    """Would catch: weights of another step under a name, GPU tensors, copies that no --overwrite deletes, a flag that
+    blocks a resume, copies although nobody asked."""
+    run = begun(tmp_path, keep_weights=10)
+    network, folder = run.things["network"], run.folder.path
+    kept = {}
+    for step in range(1, 26):
+        with torch.no_grad():
+            network.weight.fill_(step)
+        run.save(step)
+    kept = {file.name: torch.load(file, weights_only=True) for file in folder.glob("weights_*")}
+    assert {name: weights["weight"].unique().tolist() for name, weights in kept.items()} == {
+        "weights_10.pt": [10.0],
+        "weights_20.pt": [20.0],
+    }
+    run._save(25)
+    assert begun(tmp_path).step == 25  # without the flag, resumed
+    assert len(list(folder.glob("weights_*"))) == 2
+    run = begun(tmp_path, overwrite=True)
+    assert not list(folder.glob("weights_*"))
+    run.save(10)
+    assert not list(folder.glob("weights_*"))
+
+
 def test_one_signal_sent_twice_is_one_and_a_later_one_leaves_at_once(monkeypatch, tmp_path):
     """Would catch: a launcher's repeated SIGTERM that costs the checkpoint; an impatient user who is not heard."""
     run = Run("dqn", dqn.Args(runs_dir=str(tmp_path)), torch.device("cpu"), np.random.default_rng(1))
