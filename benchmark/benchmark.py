@@ -531,7 +531,7 @@ def check(args: Args) -> None:
     refuse_unless(len(args.algorithms) > 0, "--algorithms takes one or more of dqn, ppo, pqn")
     scripts = [(args.against or ROOT) / f"{algorithm}_atari_lan.py" for algorithm in ("dqn", *args.algorithms)]
     refuse_unless(scripts[0].is_file(), f"--against {args.against} is not a checkout of this project")
-    missing = [script.name for script in scripts if not script.is_file()]
+    missing = [script.name for script in scripts if args.against and not script.is_file()]
     refuse_unless(not missing, f"--against {args.against} has no {', '.join(missing)}; leave it out by --algorithms")
     file = record_file(args)
     try:
