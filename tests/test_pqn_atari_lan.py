@@ -510,6 +510,7 @@ def test_tags_and_steps_of_a_run(monkeypatch, runs_dir):
     assert len(calls) == 5 * 2 * 8
     names = ("dead_neurons", "effective_rank", "entropy_rank", "dormant_neurons", "std_dead_neurons", "feature_norm")
     names += ("dead_neurons_scaled", "effective_rank_centred", "dead_neurons_z_enc", "dead_neurons_z_star", "kde_peak")
+    names += ("effective_rank_z_enc", "effective_rank_z_star")
     representation = {f"representation/{name}" for name in names} | LAYER_TAGS
     losses = {"losses/td_loss", "losses/q_values"}
     charts = {f"charts/{name}" for name in ("episodic_return", "episodic_length", "epsilon", "learning_rate")}
