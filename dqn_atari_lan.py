@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lan_utils.atari import WholeGames, play_games
 from lan_utils.checkpoint import LoopState
-from lan_utils.checks import check_flags, check_memory, require
+from lan_utils.checks import check_flags, check_memory, cuda_memory, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.replay import Batch, ReplayMemory
@@ -307,7 +307,8 @@ def evaluate(
 
 def memory_needed(args: Args) -> int:
     """Bytes of resident memory, an upper estimate."""
-    return dqn_memory(args.env_id, min(args.buffer_size, args.total_timesteps), args.batch_size)
+    transitions = min(args.buffer_size, args.total_timesteps)
+    return dqn_memory(args.env_id, transitions, args.batch_size) + cuda_memory(args)
 
 
 def check_relations(args: Args) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lan_utils.atari import AleGames, VectorGames, WholeGames, play_games
 from lan_utils.checkpoint import LoopState
-from lan_utils.checks import check_flags, check_memory, refuse_unless, require
+from lan_utils.checks import check_flags, check_memory, cuda_memory, refuse_unless, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.machine import usable_cores
@@ -376,7 +376,8 @@ def memory_needed(args: Args) -> int:
     """Bytes of resident memory, an upper estimate: the process, games, observations, and a minibatch in use."""
     rollout_steps = args.num_envs * args.num_steps
     frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
-    return 1_000_000_000 + frames + 150_000_000 * args.num_envs + 300_000 * rollout_steps // args.num_minibatches
+    minibatch = 300_000 * rollout_steps // args.num_minibatches
+    return 1_000_000_000 + cuda_memory(args) + frames + 150_000_000 * args.num_envs + minibatch
 
 
 def check_relations(args: Args) -> None:

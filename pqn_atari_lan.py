@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lan_utils.atari import AleGames, VectorGames, WholeGames, even_workers, play_games
 from lan_utils.checkpoint import LoopState
-from lan_utils.checks import check_flags, check_memory, refuse_unless, require
+from lan_utils.checks import check_flags, check_memory, cuda_memory, refuse_unless, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.machine import usable_cores
@@ -347,7 +347,8 @@ def memory_needed(args: Args) -> int:
     workers = even_workers(args.num_envs) if args.async_envs else 0
     games = 40_000_000 * workers + 2_500_000 * args.num_envs
     factors = len(REPRESENTATIONS[args.conv_activation].activations)
-    return 1_000_000_000 + frames + games + 500_000 * factors * rollout_steps // args.num_minibatches
+    minibatch = 500_000 * factors * rollout_steps // args.num_minibatches
+    return 1_000_000_000 + cuda_memory(args) + frames + games + minibatch
 
 
 def check_relations(args: Args) -> None:

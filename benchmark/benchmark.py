@@ -68,7 +68,7 @@ BROKEN_DOWN = {
 }
 WARM_UP = {"dqn": 2000, "ppo": 3 * 1024, "pqn": 2 * 4096}  # agent steps: past the start of learning, and compilation
 TIMED = {"dqn": 2000, "ppo": 5 * 1024, "pqn": 2 * 4096}
-TIMES_ON_CUDA = 10  # as many times longer, or it would take only seconds
+TIMES_ON_CUDA = 4  # as many times longer, or PPO and PQN would take only seconds
 RAM_GB = 24  # of the machine for which `how_many_fit` counts runs
 CARD_SECONDS = 1  # between two looks at the GPU's memory
 

@@ -13,6 +13,7 @@ import ale_py
 import gymnasium as gym
 import imageio_ffmpeg
 import psutil
+import torch
 from annotated_types import Ge, Gt, Interval
 
 from lan_utils import machine
@@ -51,6 +52,11 @@ def check_env_id(env_id: str) -> None:
         raise BadInput(f"{env_id} is not an Atari environment; {wanted}")
     close = [f"{name}NoFrameskip-v4" for name in difflib.get_close_matches(game, games, n=3, cutoff=0.7)]
     raise BadInput(f"unknown game {env_id!r}; " + (f"did you mean {' or '.join(close)}?" if close else wanted))
+
+
+def cuda_memory(args: RunArgs) -> int:
+    """Bytes of resident memory that CUDA's libraries add to a process, as measured once (docs/speed.md)."""
+    return 1_400_000_000 if args.cuda and torch.cuda.is_available() else 0
 
 
 def check_memory(needed: int, remedy: str) -> None:

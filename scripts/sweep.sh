@@ -13,7 +13,8 @@ set -uo pipefail
 
 TRIES=3
 CHECKPOINT_SECONDS=120 # for a stopped run to write its checkpoint
-RUN_GPU_MEMORY=1500 # MB, an assumption: never measured
+RUN_GPU_MEMORY=2000 # MB of a GPU; 1,100 to 1,550 were measured on one (docs/speed.md)
+RUN_CUDA_RAM=1400 # MB that CUDA adds to a run's RAM, as checks.py has it
 
 fail() {
     echo "error: $*" >&2
@@ -139,6 +140,7 @@ existing=$runs_dir
 while [[ ! -e $existing ]]; do existing=$(dirname "$existing"); done
 disk=$(df --output=avail -BM "$existing" | tail -n 1 | tr -dc 0-9)
 gb() { printf '%d.%d GB' $(($1 / 1000)) $(($1 % 1000 / 100)); }
+((${#gpus[@]} == 0)) || RUN_RAM=$((RUN_RAM + RUN_CUDA_RAM))
 limits=("$((cores / devices)) by $cores CPU cores"
     "$((ram / RUN_RAM / devices)) by $(gb "$ram") of free RAM at $(gb $RUN_RAM) a run"
     "$((disk / RUN_DISK / devices)) by $(gb "$disk") of free disk at $(gb $RUN_DISK)")

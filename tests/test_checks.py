@@ -1,6 +1,7 @@
 """checks.py: what is refused before anything is written."""
 
 import importlib
+import re
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from typing import get_args, get_type_hints
 
 import gymnasium as gym
 import pytest
+import torch
 from annotated_types import Ge, Gt, Interval
 from conftest import ROOT, SCRIPTS, launch_in_process
 
@@ -269,7 +271,12 @@ def test_the_address_space_is_a_limit_of_memory_too():
     assert 0 < int(done.stdout) < 12_000_000 * 1024
 
 
-def test_memory_that_is_asked_for_counts_the_batch():
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_memory_that_is_asked_for_counts_the_batch(no_gpu):
     """Measured: --batch-size 6000 takes 2.3 GB. Would catch: a header that says 0.8."""
     small = dqn.Args(buffer_size=6000, total_timesteps=6000, batch_size=32)
     large = dqn.Args(buffer_size=6000, total_timesteps=6000, batch_size=6000)
@@ -281,7 +288,7 @@ def test_memory_that_is_asked_for_counts_the_batch():
     assert ppo.memory_needed(rollout) - ppo.memory_needed(ppo.Args(num_envs=8, num_steps=750)) > 1.3e9
 
 
-def test_memory_that_pqn_asks_for_counts_its_games_and_its_minibatches():
+def test_memory_that_pqn_asks_for_counts_its_games_and_its_minibatches(no_gpu):
     """Measured: 1.28 GB of a default run with all games in its process, 1.9 MB a game, 0.47 MB for an observation of a
     minibatch, and 1.2 MB with convolutions of three factors. Would catch: PPO's 150 MB for each of 128 games."""
     args = pqn.Args(async_envs=False)
@@ -310,7 +317,17 @@ def test_every_game_is_granted_a_fifth_more_than_random_play_took():
         assert (largest > 1250) == (transition_bytes(f"{game}NoFrameskip-v4") > 1500), game
 
 
-def test_a_sweep_counts_on_what_the_run_announces():
+@pytest.mark.parametrize("module", [dqn, ppo, pqn], ids=lambda module: module.__name__)
+def test_a_run_on_a_gpu_announces_what_cuda_adds_and_a_sweep_counts_on_it(module, monkeypatch):
+    """Measured: 2.0 GB and more where the CPU's run takes 0.7. Would catch: a run that is killed for its memory."""
+    for there_is_one in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there_is_one=there_is_one: there_is_one)
+        added = module.memory_needed(module.Args()) - module.memory_needed(module.Args(cuda=False))
+        sweep = re.search(r"^RUN_CUDA_RAM=(\d+)", (ROOT / "scripts" / "sweep.sh").read_text(), re.M)
+        assert added == there_is_one * int(sweep[1]) * 1_000_000
+
+
+def test_a_sweep_counts_on_what_the_run_announces(no_gpu):
     """Would catch: defaults of the script and of the sweep that drift apart."""
     for flags in ({}, {"env_id": "UpNDownNoFrameskip-v4"}, {"buffer_size": 5000, "batch_size": 320}):
         words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())

@@ -60,12 +60,15 @@ def weights(runs_dir):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_training(algorithm, flags, runs_dir, tmp_path, gpu):
     """Would catch: a tensor left on the CPU, an optimizer that a CUDA graph cannot hold, outputs that a graph reuses,
-    weights that only load where there is a GPU, more memory than scripts/sweep.sh counts with."""
+    weights that only load where there is a GPU, more memory than the run announces, or than
+    scripts/sweep.sh counts with."""
     run_flags = command(algorithm, runs_dir, "--activation", "tanh-2xlan", *flags)  # the largest network
     run_flags[0] = str(ROOT / run_flags[0])
-    _, _, gpu_gb = benchmark.run_all([run_flags], tmp_path, 1, pinned=False, name=algorithm, cuda=True)
+    peaks, _, gpu_gb = benchmark.run_all([run_flags], tmp_path, 1, pinned=False, name=algorithm, cuda=True)
     assumed = int(re.search(r"^RUN_GPU_MEMORY=(\d+)", (ROOT / "scripts/sweep.sh").read_text(), re.M)[1])
     assert 0 < gpu_gb * 1000 < assumed
+    announced = re.search(r"([\d.]+) GB needed", (tmp_path / "0.out").read_text())
+    assert peaks[0] < float(announced[1])
 
     folder = only_run(runs_dir)
     config = json.loads((folder / "config.json").read_text())

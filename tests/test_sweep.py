@@ -259,10 +259,11 @@ def test_slots_never_exceed_the_limit_and_gpus_take_turns(project, tmp_path):
 def test_the_default_number_follows_from_the_scarcest(project, tmp_path):
     file = job_list(project, "python standin.py")
     cores = len(os.sched_getaffinity(0))
-    small = fake_gpus(tmp_path / "small", 40000, 1600)
+    small = fake_gpus(tmp_path / "small", 40000, 2100)
     text = sweep(project, "--dry-run", file, env=environment([small])).stdout.splitlines()[1]
     assert text.startswith("2 at once, 1 on each of the GPUs 0 1, CPU threads of each: ")
-    assert "1 by 1.6 GB of free GPU memory at 1.5 GB" in text
+    assert "1 by 2.1 GB of free GPU memory at 2.0 GB" in text
+    assert "of free RAM at 3.9 GB a run" in text
     text = sweep(project, "--dry-run", file, env=environment([small], CUDA_VISIBLE_DEVICES="1")).stdout.splitlines()[1]
     assert text.startswith("1 at once, 1 on each of the GPUs 1,")
     text = sweep(project, "--dry-run", file, env=environment([small], CUDA_VISIBLE_DEVICES="")).stdout.splitlines()[1]
