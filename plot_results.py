@@ -4,11 +4,12 @@ python plot_results.py --runs-dir runs --out-dir figures
 python plot_results.py --only fig05a fig06          (some of the figures)
 python plot_results.py --allow-unfinished           (a look at runs that are still training)
 python plot_results.py --exp-name dqn_atari_lan lr1e-4   (two experiments, side by side)
+python plot_results.py --runs-dir runs ../other/runs     (runs of several folders)
 
 What was left out, and why, stands on stderr; the rest in `index.html`, `results.md` and the tables `results.csv`
-(a row per run), `curves.csv.gz` (a row per point) and `claims.csv` (the paper's claims) of the out folder. Beyond the
-paper: interquartile means, bootstrap intervals and the probability of improvement (Agarwal et al. 2021, "Deep
-Reinforcement Learning at the Edge of the Statistical Precipice").
+(a row per run), `curves.csv.gz` (a row per point) and `claims.csv` (the paper's claims and more) of the out folder.
+Beyond the paper: interquartile means, bootstrap intervals and the probability of improvement (Agarwal et al. 2021,
+"Deep Reinforcement Learning at the Edge of the Statistical Precipice").
 """
 
 from collections import defaultdict
@@ -39,8 +40,8 @@ from plots.results import (
 class Args:
     """Draw every figure and table of the paper that the runs found allow."""
 
-    runs_dir: str = "runs"
-    """folder of the run folders"""
+    runs_dir: tuple[str, ...] = ("runs",)
+    """folders of the run folders"""
     out_dir: str = "figures"
     """folder of what is drawn, and of the cache"""
     only: tuple[str, ...] = ()
@@ -60,8 +61,12 @@ def draw(name: str, plot: figures.Plot, out_dir: Path) -> figures.Drawn:
 
 def main(args: Args) -> None:
     global _results
-    runs_dir, out_dir = Path(args.runs_dir), Path(args.out_dir)
-    found, messages = find_runs(runs_dir, out_dir)
+    out_dir = Path(args.out_dir)
+    found, messages = [], []
+    for runs_dir in dict.fromkeys(map(Path, args.runs_dir)):
+        of_folder, about_it = find_runs(runs_dir, out_dir)
+        found += of_folder
+        messages += about_it
     runs = choose_experiments(found, args.exp_name)
     plots = figures.figures_of(algorithms_of(runs))
     items = choose_items(args.only, plots)
@@ -107,7 +112,7 @@ def main(args: Args) -> None:
     written = [f"{len(pictures)} figure{'s' * (len(pictures) != 1)}"] if names else []
     if "tables" in items:
         unfinished = sum(not run.finished for run in runs)
-        summary = f"Runs in {runs_dir}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
+        summary = f"Runs in {', '.join(args.runs_dir)}: {len(runs)} found, {len(drawn)} drawn, {unfinished} unfinished."
         summary += f" Experiments: {', '.join(args.exp_name)}." if args.exp_name else ""
         claims = report.make_claims(_results)
         report.write_csv(_results.runs, out_dir / "results.csv")

@@ -25,6 +25,33 @@ def read_atari_scores() -> dict[str, tuple[float, float]]:
         return {r["env_id"].removesuffix("NoFrameskip-v4"): (float(r["random"]), float(r["human"])) for r in rows}
 
 
+PUBLISHED_SCORES = ROOT / "results" / "published_scores.csv"
+FULL_LENGTH = 9_900_000  # agent steps from which on a run's score is compared with published ones
+# What the published runs of these scores have in common, where the script's default is another (docs/decisions.md).
+FLAGS_OF_PUBLISHED = {"dqn": {"double_q": False, "end_e": 0.01, "adam_eps": 1e-8}}
+
+
+class Published(NamedTuple):
+    """A score that others report for a ReLU network."""
+
+    algorithm: str
+    game: str
+    mean: float
+    deviation: float
+    deviation_over: str  # runs, or the episodes of one run
+    source: str
+
+
+def read_published_scores(algorithm: str, game: str) -> list[Published]:
+    """All that are known of a game after 10 M agent steps, as their sources have them."""
+    with open(PUBLISHED_SCORES, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["algorithm"], row["game"]) == (algorithm, game)]
+    return [
+        Published(algorithm, game, float(row["mean"]), float(row["deviation"]), row["deviation_over"], row["source"])
+        for row in rows
+    ]
+
+
 class Style(NamedTuple):
     """How an activation is shown, the same everywhere."""
 

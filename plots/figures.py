@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ LOOK = (
     },
 )
 BLACK, GREY, LIGHT = "#000000", "#666666", "#BBBBBB"
+PUBLISHED_MARKERS = "<^vsD"
 STD_DEAD, STD_DEAD_LABEL = {"linestyle": ":", "linewidth": 1.0}, "dead by std < 0.001"
 
 SEED = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.45}  # of a single seed beside the mean
@@ -284,6 +286,22 @@ def draw_study(results: Results, plot: Plot) -> Drawing:
     return figure, missing + [f"no {axis_of(quantity).label}" for quantity in quantities if quantity not in kept]
 
 
+def published_of(results: Results, algorithm: str, game: str) -> list[study.Published]:
+    """What to mark in a game's panel: nothing where the axis is not of a full-length training."""
+    full = results.lengths[algorithm] >= study.FULL_LENGTH
+    return study.read_published_scores(algorithm, game) if full else []
+
+
+def mark_published(axes: Axes, results: Results, algorithm: str, game: str) -> list[Line2D]:
+    """Published scores of ReLU at the right edge; returns the legend's entries."""
+    entries = []
+    for marker, other in zip(PUBLISHED_MARKERS, published_of(results, algorithm, game), strict=False):
+        look = {"marker": marker, "linestyle": "", "color": GREY, "markersize": 3.5, "clip_on": False, "zorder": 3}
+        axes.plot(results.lengths[algorithm], other.mean, **look)
+        entries.append(Line2D([], [], **look, label=f"ReLU, {other.source.split()[0].rstrip(',')}"))
+    return entries
+
+
 def draw_games(results: Results, plot: Plot) -> Drawing:
     """Every game on its own: the score as it is."""
     shown = shown_activations(results, plot)
@@ -293,7 +311,7 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
     columns = min(len(games), 4)
     rows = -(-len(games) // columns)
     figure = Figure((max(3.4, 1.9 * columns), max(2.9, 1.6 * rows + 0.6)), layout="constrained")
-    missing = []
+    missing, published = [], []
     for place, game in enumerate(games):
         axes = figure.add_subplot(rows, columns, place + 1)
         missing += [f"no {label_of(name)} in {game}" for name in draw_lines(axes, results, plot, "score", game)]
@@ -302,6 +320,35 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("agent steps" if place + columns >= len(games) else "")
         axes.set_ylabel("" if place % columns else "return")
+        published += mark_published(axes, results, plot.runs.algorithm, game)
+    add_legend(figure, published)
+    return figure, missing
+
+
+def draw_algorithms(results: Results, plot: Plot) -> Drawing:
+    """A row for each game that several algorithms have, a panel for each algorithm, all on the same axes."""
+    algorithms = list(results.lengths)
+    common = [game for game, n in Counter(g for a in algorithms for g in games_of(results, a)).items() if n > 1]
+    if not common:
+        return None, ["no game of several algorithms"]
+    size = max(3.4, 2.3 * len(algorithms)), 0.5 + 2.1 * len(common)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(common), len(algorithms), squeeze=False, sharex=True, sharey="row")
+    missing = []
+    for (row, game), (column, algorithm) in itertools.product(enumerate(sorted(common)), enumerate(algorithms)):
+        axes, of_one = grid[row, column], replace(plot, runs=study.Needed(algorithm), each_seed=True)
+        if game in games_of(results, algorithm):
+            names = draw_lines(axes, results, of_one, "score", game)
+            missing += [
+                f"no {algorithm.upper()} {label_of(name)} in {game}"
+                for name in names
+                if any(results.select_curves(other, name, "score", game) for other in algorithms)
+            ]
+        else:
+            missing.append(f"no {algorithm.upper()} in {game}")
+        axes.set(title=plain(f"{algorithm.upper()}, {game}"), xlim=(0, max(results.lengths.values())))
+        axes.set_ylabel("" if column else axis_of("score").label)
+        axes.set_xlabel("agent steps" if row == len(common) - 1 else "")
     add_legend(figure)
     return figure, missing
 
@@ -686,6 +733,10 @@ CONTROLS = (
     "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot "
     "is a seed, the mean over its games; a line is the mean over games of the mean over seeds."
 )
+ALGORITHMS = (
+    f"The algorithms side by side, on the same axes: mean return of the last {LAST_GAMES} games over the agent steps. "
+    f"Each axis is as long as the longest training. Up to {FEW_SEEDS} seeds are a thin line each, without a band."
+)
 NO_CONTROL = "no run of a control"
 CONTROL_QUANTITIES = ("effective_rank", "effective_rank_centred", "dead_neurons", "std_dead_neurons")
 RANK_QUANTITIES = ("effective_rank", "effective_rank_centred")
@@ -780,8 +831,10 @@ FIGURES = {
 
 
 def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
-    """FIGURES, and four of every algorithm that has none there."""
+    """FIGURES, four of every algorithm that has none there, and one of several algorithms."""
     figures = dict(FIGURES)
+    if len(algorithms) > 1:
+        figures["algorithms"] = Plot(draw_algorithms, ALGORITHMS, study.Needed(algorithms[0]))
     for algorithm in algorithms:
         if activations_of_study(algorithm):
             continue
@@ -824,6 +877,16 @@ def about_normalization(results: Results, plot: Plot) -> list[str]:
     return sentences
 
 
+def about_published(results: Results, plot: Plot) -> list[str]:
+    """A sentence for the caption of a figure of games that marks published scores."""
+    algorithm = plot.runs.algorithm
+    if plot.draw is not draw_games or not any(
+        published_of(results, algorithm, game) for game in games_of(results, algorithm)
+    ):
+        return []
+    return [f"Marks at the right edge: scores that others report for ReLU ({study.PUBLISHED_SCORES.name})."]
+
+
 def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
     """Write a figure as <name>.png and <name>.pdf.
 
@@ -844,7 +907,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata)
             files.replace(out_dir / f"{name}.{suffix}", lambda file, picture=buffer: file.write(picture.getbuffer()))
-    caption = [plot.caption, *about_normalization(results, plot)]
+    caption = [plot.caption, *about_normalization(results, plot), *about_published(results, plot)]
     if not missing:
         return Drawn(buffer.getvalue(), " ".join(caption), "")
     caption.append(f"Missing here: {'; '.join(what.removeprefix('no ') for what in missing)}.")

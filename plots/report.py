@@ -72,6 +72,18 @@ CLAIMS = (
     ("dead_neurons_scaled", "tanh-lan", "<", "tanh", MEAN),
 )
 RETURN_CLAIMS = (("tanh-lan", ">", "tanh"), ("tanh-lan", ">=", "relu"))
+RETURNS = ("normalized_score", "final_return")
+# Beyond the paper: is it the product, the activation, the parameters, or the norm? Of each pair the claim is that the
+# first does better: a higher rank, fewer dead neurons, a higher return.
+CONTROL_PAIRS = (
+    *(("bilinear", "tanh-lan"), ("bilinear", "tanh"), ("tanh-glu", "tanh-lan"), ("tanh-glu", "bilinear")),
+    *(("tanh-lan", "relu-1024"), ("layernorm-lan", "layernorm"), ("layernorm-relu", "relu")),
+)
+BETTER = {
+    **dict.fromkeys(("effective_rank", "effective_rank_centred"), ">"),
+    **dict.fromkeys(("dead_neurons", "std_dead_neurons", "dead_neurons_scaled", "dormant_neurons"), "<"),
+    **dict.fromkeys(RETURNS, ">"),
+}
 CLAIM_COLUMNS = (
     *("algorithm", "claim", "quantity", "when", "games", "difference", "low", "high", "pairs", "without_value"),
     "verdict",
@@ -157,9 +169,19 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
     add(differences, f"{lan}: z < mean of its factors", "dead_neurons", END, "<", pairs_of_runs(lan, lan))
     for first, relation, second in RETURN_CLAIMS:
         first, second = first + suffix, second + suffix
-        for quantity in ("normalized_score", "final_return"):
+        for quantity in RETURNS:
             differences = pair(values(first, quantity), values(second, quantity))
             add(differences, f"{first} {relation} {second}", quantity, END, relation, pairs_of_runs(first, second))
+
+    pairs = [(first + suffix, second + suffix, BETTER) for first, second in CONTROL_PAIRS]
+    if exp_name:  # the same activation in both experiments
+        shown = {study.split_group(run)[0] for run in results.drawn["activation"] if run.endswith(suffix)}
+        pairs += [(name + suffix, name, dict.fromkeys(BETTER, "=")) for name in sorted(shown)]
+    for first, second, relations in pairs:
+        runs = pairs_of_runs(first, second)
+        for quantity, relation in relations.items() if runs else ():
+            differences = pair(values(first, quantity), values(second, quantity))
+            add(differences, f"{first} {relation} {second}", quantity, END, relation, runs)
     return rows
 
 
@@ -182,14 +204,16 @@ def claims_table(claims: pd.DataFrame) -> Table:
     cells = cells.rename(columns={"without_value": "without a value"})
     return Table(
         "claims",
-        "The paper's claims",
-        "Difference: first minus second of the claim, over pairs of runs of the same game and seed, after training or "
-        "as the mean over training. Interval: 95 %, Student's t over the paired seeds within each game, then the mean "
-        "over games (degrees of freedom after Welch and Satterthwaite); other seeds, not other games. A game with one "
-        "pair stays out where others have more. Without a value: further pairs of which a run has none, as "
-        f"`dead_neurons_scaled` where more than {100 * MOSTLY_CONSTANT:.0f} % of z is constant (over training: of the "
-        "agent steps at which both runs have one). Confirmed: the interval lies wholly on the claim's side of 0; "
-        "contradicted: wholly on the other; open: it includes 0, or there are fewer than two pairs. "
+        "Claims",
+        "The paper's, then those about controls, then whether experiments differ. Difference: first minus second of "
+        "the claim, over pairs of runs of the same game and seed, after training or as the mean over training. "
+        "Interval: 95 %, Student's t over the paired seeds within each game, then the mean over games (degrees of "
+        "freedom after Welch and Satterthwaite); other seeds, not other games. A game with one pair stays out where "
+        "others have more. Without a value: further pairs of which a run has none, as `dead_neurons_scaled` where more "
+        f"than {100 * MOSTLY_CONSTANT:.0f} % of z is constant (over training: of the agent steps at which both runs "
+        "have one). Confirmed: the interval lies wholly on the claim's side of 0; contradicted: wholly on the other; "
+        "open: it includes 0, or there are fewer than two pairs. A claim with = is that two experiments do not differ: "
+        "it can only be contradicted. "
         "No correction for the number of claims. Every game on its own: `claims.csv`.",
         cells.astype(str),
     )
@@ -230,7 +254,7 @@ SUMMARY = {  # columns of Table 2
 
 
 def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
-    """Table 2, aggregates and scores by game.
+    """Table 2, aggregates, scores by game, and those beside published ones.
 
     Args:
         runs: all that were found, for what is missing.
@@ -273,6 +297,7 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
                 game: mean_and_deviation({game: finals[game]} if game in finals else {}, ",.1f") for game in games
             }
             scores.append(head | by_game)
+    published = published_table(results, runs)
     return [
         Table(
             "table2",
@@ -299,7 +324,48 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
             f"Mean of the last {LAST_GAMES} games, mean ± standard deviation over seeds.",
             pd.DataFrame(scores).astype(str),
         ),
+        *([published] if published else []),
     ]
+
+
+def published_table(results: Results, runs: Sequence[RecordedRun]) -> Table | None:
+    """ReLU's scores after a full-length training beside what others report; None where there is no such run."""
+    rows = []
+    drawn = results.drawn
+    full = drawn[drawn["finished"] & (drawn["agent_steps"] >= study.FULL_LENGTH) & (drawn["activation"] == "relu")]
+    flags = {run.name: run.flags for run in runs}
+    for (algorithm, game), ours in full.groupby(["algorithm", "game"]):
+        scores = ours["final_return"].dropna()
+        deviation = f" ± {scores.std():,.1f}" if len(scores) > 1 else ""
+        head = {
+            "algorithm": algorithm.upper(),
+            "game": game,
+            "here": f"{scores.mean():,.1f}{deviation}",
+            "seeds": " ".join(map(str, sorted(ours["seed"]))),
+        }
+        wanted = study.FLAGS_OF_PUBLISHED.get(algorithm, {})
+        others = {
+            f"--{flag.replace('_', '-')} {flags[run].get(flag)}, not {value}"
+            for run in ours["run"]
+            for flag, value in wanted.items()
+            if flags[run].get(flag) != value
+        }
+        for other in study.read_published_scores(algorithm, game):
+            of_other = {"published": f"{other.mean:,.1f} ± {other.deviation:,.1f}", "± over": other.deviation_over}
+            rows.append(
+                head | of_other | {"source": other.source, "differs here": "; ".join(sorted(others)) or NOTHING}
+            )
+    if not rows:
+        return None
+    return Table(
+        "published",
+        "Beside published scores",
+        f"ReLU after at least {study.FULL_LENGTH / 1e6:.1f} M agent steps: mean of the last {LAST_GAMES} games of "
+        "training, mean ± standard deviation over seeds. Published: as its source reports it, which may evaluate "
+        "otherwise; its deviation is over what the next column says. Differs here: flags of our runs that differ from "
+        "what the published runs have in common, as far as is known (docs/decisions.md).",
+        pd.DataFrame(rows).astype(str),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -387,6 +453,6 @@ def write_page(
 def title_of(name: str) -> str:
     """fig05a_dqn_normalized -> Figure 5a; study_dqn -> Study, DQN"""
     if not name.startswith("fig"):
-        kind, algorithm = name.split("_", 1)
-        return f"{kind.capitalize()}, {algorithm.upper()}"
+        kind, _, algorithm = name.partition("_")
+        return f"{kind.capitalize()}, {algorithm.upper()}" if algorithm else kind.capitalize()
     return "Figure " + name.split("_")[0].removeprefix("fig").lstrip("0")

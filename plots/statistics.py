@@ -221,12 +221,14 @@ def verdict(difference: Difference, claim: str) -> str:
     """What an interval says of a claim about first minus second.
 
     Args:
-        claim: ">", ">=" or "<".
+        claim: ">", ">=", "<" or "=".
 
     Returns:
         "confirmed" if the interval lies wholly on the claim's side of 0, "contradicted" if wholly on the other, "open"
-        otherwise, or for fewer than two pairs.
+        otherwise, or for fewer than two pairs. No interval confirms that two are equal.
     """
+    if claim == "=":
+        return "contradicted" if difference.low > 0 or difference.high < 0 else "open"
     low, high = (-difference.high, -difference.low) if claim == "<" else (difference.low, difference.high)
     if low > 0 or (claim == ">=" and low == 0):
         return "confirmed"

@@ -20,7 +20,7 @@ def points(*pairs):
 
 
 def draw(runs_dir, out_dir, *only, **kwargs):
-    plot_results.main(plot_results.Args(str(runs_dir), str(out_dir), only, **kwargs))
+    plot_results.main(plot_results.Args((str(runs_dir),), str(out_dir), only, **kwargs))
 
 
 def rows(out_dir):

@@ -15,6 +15,7 @@ from conftest import ROOT, run_script
 from plots_common import STEPS, draw, make_small_study, rows  # noqa: F401 (a fixture)
 from synthetic_study import make_run, true_measurement, true_score
 
+import plot_results
 from lan_utils.cli import RunFailed
 from plots import command, figures, results
 
@@ -281,3 +282,16 @@ def test_a_figure_that_fails_does_not_stop_the_others(tmp_path, study, monkeypat
         draw(study, tmp_path / "out", "fig01", "fig05a")
     assert "not drawn, ValueError: on purpose: fig01_dqn_relu_tanh" in capsys.readouterr().err
     assert (tmp_path / "out" / "fig05a_dqn_normalized.png").exists()
+
+
+def test_runs_of_several_folders_are_drawn_together(tmp_path, runs_dir):
+    """Would catch: the second folder forgotten, a folder named twice counted twice, the first's cache deleted."""
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    make_run(tmp_path / "more", "dqn", "Pong", "gelu", 1)
+    folders = (str(runs_dir), str(tmp_path / "more"), f"{runs_dir}/")
+    plot_results.main(plot_results.Args(folders, str(tmp_path / "out"), ("tables",)))
+    assert sorted(row["activation"] for row in rows(tmp_path / "out").values()) == ["gelu", "relu"]
+    assert len(list((tmp_path / "out" / ".cache").glob("*.npz"))) == 2
+    done = run_script("plot_results.py", "--runs-dir", runs_dir, tmp_path / "gone", "--out-dir", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gone: No such file or directory" in done.stderr

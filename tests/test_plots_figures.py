@@ -12,7 +12,7 @@ from synthetic_study import make_run, true_layer, true_measurement, write_events
 
 import metrics
 from lan_utils import study as facts
-from plots import figures
+from plots import figures, report
 
 
 def test_allow_unfinished_ends_a_curve_with_its_shortest_seed(runs_dir, tmp_path):
@@ -462,3 +462,44 @@ def test_runs_are_compared_where_one_has_no_scaled_count(tmp_path, runs_dir):
     assert row.split()[:4] == ["neurons", "dead", "41.3%", "-"]
     assert row.endswith("; none where over 99 % are constant")
     assert (tmp_path / "two.png").stat().st_size > 50_000
+
+
+def test_published_scores_are_marked_at_the_end_of_a_full_length_axis(tmp_path, runs_dir):
+    """cleanrl's DQN in Breakout: 366.928. Would catch: marks on a short run's axis, of another game, without a name."""
+    for game in ("Breakout", "Qbert"):
+        make_run(runs_dir, "dqn", game, "relu", 1, agent_steps=10_000_000, games=120, measurements=2)
+        make_run(runs_dir, "ppo", game, "relu", 1, agent_steps=1_000_000, games=120, measurements=2)
+    read = read_study(runs_dir, tmp_path)
+    figure, _ = figures.draw_games(read, figures.FIGURES["fig16_dqn_games"])
+    marks = [
+        {float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() in figures.PUBLISHED_MARKERS}
+        for axes in figure.axes
+    ]
+    assert marks == [{366.928, 358.327}, {9496.774}]
+    (line, *_) = (line for line in figure.axes[0].lines if line.get_marker() in figures.PUBLISHED_MARKERS)
+    assert line.get_xdata()[0] == 10_000_000
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-2:] == ["ReLU, cleanrl", "ReLU, rl-baselines3-zoo"]
+    figure, _ = figures.draw_games(read, figures.FIGURES["fig17_ppo_games"])
+    assert not [line for axes in figure.axes for line in axes.lines if line.get_marker() in figures.PUBLISHED_MARKERS]
+    assert figures.about_published(read, figures.FIGURES["fig16_dqn_games"])
+    assert not figures.about_published(read, figures.FIGURES["fig17_ppo_games"])
+
+
+def test_algorithms_are_drawn_side_by_side_on_the_same_axes(tmp_path, runs_dir):
+    """PQN trains for half as long, and has no tanh; Qbert is PPO's alone. Would catch: an axis of its own for each, a
+    game that nothing can be compared in, activations called missing that no algorithm has."""
+    for algorithm, steps in (("dqn", 100_000), ("ppo", 100_000), ("pqn", 50_000)):
+        make_run(runs_dir, algorithm, "Pong", "relu", 1, agent_steps=steps)
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1)
+    make_run(runs_dir, "ppo", "Pong", "tanh", 1)
+    make_run(runs_dir, "ppo", "Qbert", "relu", 1)
+    read = read_study(runs_dir, tmp_path)
+    plot = figures.figures_of(["dqn", "ppo", "pqn"])["algorithms"]
+    figure, missing = figures.draw_algorithms(read, plot)
+    assert [axes.get_title() for axes in figure.axes] == ["DQN, Pong", "PPO, Pong", "PQN, Pong"]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert {axes.get_xlim() for axes in figure.axes} == {(0, 100_000)}
+    assert missing == ["no PQN Tanh in Pong"]
+    assert "algorithms" not in figures.figures_of(["dqn"])
+    assert report.title_of("algorithms") == "Algorithms"

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
-from plots_common import draw, read_study
-from synthetic_study import make_run
+from plots_common import draw, make_small_study, read_study  # noqa: F401 (a fixture)
+from synthetic_study import make_run, true_score
 
 from plots import report, results
 
@@ -65,6 +67,90 @@ def test_a_claim_by_hand():
     assert (single["difference"], single["pairs"], single["verdict"]) == (0.0, 1, "open")
     nobody = claim(claims, algorithm="dqn", claim="tanh > tanh-lan", quantity="dead_neurons")
     assert (nobody["pairs"], nobody["verdict"]) == (0, "open")
+
+
+def test_the_controls_are_claimed_to_do_better_by_every_count():
+    """The bilinear rank is 10 and 20 above the LaN's, its dead neurons 0.1 and 0.2 more: t(1) = 12.7062 makes both
+    intervals wide; with a third pair of 30 the rank's is 20 ± 4.302653 * 10 / sqrt(3): open still; returns are above by
+    exactly 1: confirmed.
+
+    Would catch: "more dead neurons" taken for better; rows of a control that no run has.
+    """
+    runs = []
+    for seed, more in ((1, 10.0), (2, 20.0), (3, 30.0)):
+        lan = {"effective_rank": 100.0 * seed, "dead_neurons": 0.1, "final_return": 5.0 * seed}
+        bilinear = {
+            "effective_rank": 100.0 * seed + more,
+            "dead_neurons": 0.1 + more / 100,
+            "final_return": 5.0 * seed + 1,
+        }
+        runs += [("ppo", "Pong", "tanh-lan", seed, lan, {}), ("ppo", "Pong", "bilinear", seed, bilinear, {})]
+    claims = report.make_claims(make_results(runs))
+    rank = claim(claims, claim="bilinear > tanh-lan", quantity="effective_rank")
+    assert (rank["difference"], rank["low"]) == pytest.approx((20.0, 20 - 24.841377))
+    assert (rank["pairs"], rank["verdict"]) == (3, "open")
+    dead = claim(claims, claim="bilinear < tanh-lan", quantity="dead_neurons")
+    assert (dead["difference"], dead["verdict"]) == (pytest.approx(0.2), "open")
+    assert claim(claims, claim="bilinear > tanh-lan", quantity="final_return")["verdict"] == "confirmed"
+    assert not claims["claim"].str.contains("glu|1024|layernorm").any()
+
+
+def test_two_experiments_are_said_to_be_equal_until_an_interval_contradicts_it():
+    """Ranks differ by 50, 51 and 49: contradicted; returns by 1, -1 and 0: open. The other experiment's tanh has no
+    partner in the first. Would catch: "open" for what plainly differs, an ablation compared with itself."""
+    runs = []
+    for seed, rank, score in ((1, 50.0, 1.0), (2, 51.0, -1.0), (3, 49.0, 0.0)):
+        runs.append(("dqn", "Pong", "relu", seed, {"effective_rank": 100.0, "final_return": 9.0}, {}))
+        other = {"effective_rank": 100.0 + rank, "final_return": 9.0 + score}
+        runs.append(("dqn", "Pong", "relu@plain", seed, other, {}))
+        runs.append(("dqn", "Pong", "tanh@plain", seed, other, {}))
+    claims = report.make_claims(make_results(runs))
+    found = claim(claims, claim="relu@plain = relu", quantity="effective_rank")
+    assert (found["difference"], found["pairs"], found["verdict"]) == (pytest.approx(50.0), 3, "contradicted")
+    assert claim(claims, claim="relu@plain = relu", quantity="final_return")["verdict"] == "open"
+    assert not claims["claim"].str.contains("tanh@plain =").any()
+
+
+def full_length_runs(runs_dir):
+    """ReLU's three seeds of a full-length DQN in Breakout, one of them with cleanrl's flags; PPO's in Breakout is too
+    short; Pong has tanh alone."""
+    few = {"games": 120, "measurements": 2, "layers": False}
+    like_cleanrl = {"double_q": False, "end_e": 0.01, "adam_eps": 1e-8}
+    paper = {"double_q": True, "end_e": 0.1, "adam_eps": 1e-5}
+    for seed, flags in ((1, paper), (2, paper), (3, like_cleanrl)):
+        folder = make_run(runs_dir, "dqn", "Breakout", "relu", seed, agent_steps=10_000_000, **few)
+        config = json.loads((folder / "config.json").read_text())
+        config["args"] |= flags
+        (folder / "config.json").write_text(json.dumps(config))
+    make_run(runs_dir, "dqn", "Pong", "tanh", 1, agent_steps=10_000_000, **few)
+    make_run(runs_dir, "ppo", "Breakout", "relu", 1, agent_steps=9_000_000, **few)
+
+
+def test_published_scores_stand_beside_full_length_relu_runs_only(tmp_path, runs_dir):
+    """cleanrl reports 366.928 ± 39.89 over 3 runs of DQN in Breakout. Would catch: tanh beside ReLU's published scores,
+    a short run beside long ones, flags that differ left unsaid."""
+    full_length_runs(runs_dir)
+    runs, _ = results.find_runs(runs_dir, tmp_path)
+    table = report.published_table(read_study(runs_dir, tmp_path), runs)
+    rows = table.cells.to_dict("records")
+    assert [(row["algorithm"], row["game"], row["published"], row["± over"]) for row in rows] == [
+        ("DQN", "Breakout", "366.9 ± 39.9", "3 runs"),
+        ("DQN", "Breakout", "358.3 ± 62.0", "episodes of 1 run"),
+    ]
+    assert rows[0]["source"].startswith("cleanrl dqn_atari")
+    assert rows[0]["seeds"] == "1 2 3"
+    ends = np.linspace(1 / 120, 1, 120)[-100:]
+    seeds = [np.mean(true_score("Breakout", "relu", seed, ends)) for seed in (1, 2, 3)]
+    mean, deviation = map(float, rows[0]["here"].split(" ± "))
+    assert mean == pytest.approx(np.mean(seeds), abs=0.3)
+    assert deviation == pytest.approx(1.44, abs=0.3)  # 0.05 of the human's range between neighbouring seeds
+    differs = "--adam-eps 1e-05, not 1e-08; --double-q True, not False; --end-e 0.1, not 0.01"
+    assert {row["differs here"] for row in rows} == {differs}
+
+
+def test_no_full_length_run_no_table_of_published_scores(study, tmp_path):
+    runs, _ = results.find_runs(study, tmp_path)
+    assert report.published_table(read_study(study, tmp_path), runs) is None
 
 
 def test_saturates_more_slowly_is_a_mean_over_training():
@@ -154,7 +240,7 @@ def test_claims_and_both_ways_of_counting_stand_in_the_files(tmp_path, runs_dir)
             file.readline() == "algorithm,claim,quantity,when,games,difference,low,high,pairs,without_value,verdict\n"
         )
     markdown, page = ((tmp_path / "out" / name).read_text() for name in ("results.md", "index.html"))
-    assert "## The paper's claims" in markdown
+    assert "## Claims" in markdown
     assert "| DQN | relu > tanh | dead_neurons | end | Pong | +0.200 [+0.200, +0.200] | 2 | 0 | confirmed |" in markdown
     assert '<table id="claims">' in page
     assert "<td>relu &gt; tanh</td>" in page

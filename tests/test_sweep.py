@@ -395,7 +395,7 @@ def test_without_gnu_parallel(project, tmp_path):
 COMMON = "--metrics-frequency 0 --checkpoint-frequency"
 PPO = f"--total-timesteps 1536 --num-envs 4 --num-steps 32 --num-minibatches 2 --no-async-envs {COMMON} 256"
 DQN = f"--total-timesteps 1600 --buffer-size 1600 --learning-starts 400 --batch-size 8 {COMMON} 200"
-SCRIPTS = {"dqn": ("dqn_atari_lan.py", DQN.split()), "ppo": ("ppo_atari_lan.py", PPO.split())}
+FLAGS = {"dqn": DQN.split(), "ppo": PPO.split(), "pqn": PPO.split()}
 
 
 def run_folder(runs_dir, name):
@@ -406,7 +406,7 @@ def real_jobs(runs_dir, *names):
     lines = []
     for name in names:
         arguments = ("--algorithms", name, "--games", "Pong", "--activations", "relu", "--seeds", 1)
-        lines += jobs(*arguments, "--runs-dir", runs_dir, "--", *SCRIPTS[name][1])
+        lines += jobs(*arguments, "--runs-dir", runs_dir, "--", *FLAGS[name])
     return lines
 
 
@@ -449,7 +449,7 @@ def undisturbed(tmp_path, name):
 def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
     """One training is killed with -9 and resumes within the sweep; then the sweep is stopped and started again."""
     runs_dir = tmp_path / "my runs"
-    (tmp_path / "jobs.txt").write_text("\n".join(real_jobs(runs_dir, "dqn", "ppo")) + "\n")
+    (tmp_path / "jobs.txt").write_text("\n".join(real_jobs(runs_dir, "dqn", "ppo", "pqn")) + "\n")
     command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--jobs-per-gpu", "2", "jobs.txt"]
     folder = run_folder(runs_dir, "dqn")
     log = runs_dir / ".sweep" / f"{folder.name}.log"
@@ -457,7 +457,8 @@ def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
     def start():
         return subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
 
-    with undisturbed(tmp_path, "dqn") as check_dqn, undisturbed(tmp_path, "ppo") as check_ppo:
+    with contextlib.ExitStack() as stack:
+        checks = [stack.enter_context(undisturbed(tmp_path, name)) for name in FLAGS]
         process = start()
         wait_until(lambda: checkpoint_step(runs_dir, "dqn") >= 200, process)
         os.kill(json.loads((folder / "status.json").read_text())["pid"], signal.SIGKILL)
@@ -475,9 +476,9 @@ def test_a_real_sweep_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path):
         process = start()
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 0, output
-        assert output.splitlines()[-1] == "2 of 2 runs have finished, 0 failed"
-        check_dqn(runs_dir)
-        check_ppo(runs_dir)
+        assert output.splitlines()[-1] == "3 of 3 runs have finished, 0 failed"
+        for check in checks:
+            check(runs_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Slurm
