@@ -2,7 +2,7 @@
 
 python pqn_atari_lan.py --env-id BreakoutNoFrameskip-v4 --activation tanh-lan --seed 1
 
-On a laptop, in some three minutes:
+About three minutes on a laptop:
 
 python pqn_atari_lan.py --activation tanh-lan --exp-name laptop --total-timesteps 40000 --metrics-frequency 4000 \
     --num-envs 8 --num-steps 128 --num-minibatches 8
@@ -111,7 +111,7 @@ class Args(RunArgs):
     learning_rate: Annotated[float, Gt(0)] = 2.5e-4
     """learning rate of RAdam (official)"""
     anneal_lr: bool = False
-    """lower the learning rate linearly to 0 (official)"""
+    """anneal the learning rate linearly to 0; off (official)"""
     adam_eps: Annotated[float, Ge(0)] = 1e-8
     """epsilon of RAdam (official)"""
     gamma: Annotated[float, Interval(ge=0, le=1)] = 0.99
@@ -125,7 +125,7 @@ class Args(RunArgs):
     num_steps: Annotated[int, Gt(0)] = 32
     """agent steps per environment and rollout (official)"""
     num_minibatches: Annotated[int, Gt(0)] = 32
-    """parts of a rollout, one gradient step each (official)"""
+    """minibatches of a rollout, one gradient step each (official)"""
     update_epochs: Annotated[int, Gt(0)] = 2
     """passes over a rollout (official)"""
     start_e: Annotated[float, Interval(ge=0, le=1)] = 1.0
@@ -135,7 +135,7 @@ class Args(RunArgs):
     exploration_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """fraction of total_timesteps over which epsilon is annealed (official)"""
     max_grad_norm: Annotated[float, Gt(0)] = 10.0
-    """largest norm of the gradient (official)"""
+    """norm to which the gradient is clipped (official)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
     async_envs: bool = field(default_factory=lambda: usable_cores() > 2)
@@ -271,7 +271,7 @@ class QNetwork(nn.Module):
         return self.q(self.encoder(observations))
 
 
-Network = QNetwork  # by this name scripts/enjoy.py finds it
+Network = QNetwork  # the name by which scripts/enjoy.py finds it
 
 
 # ------------------------------------------------------------------------------------------ mathematics
@@ -297,9 +297,9 @@ def lambda_returns(
 
     Args:
         rewards: (steps, envs).
-        next_values: (steps, envs), max Q of the observation that each action led to: of a truncated episode its last.
+        next_values: (steps, envs), max Q where the actions led to; at a truncation, of its true last observation.
         terminated: (steps, envs), 1 where nothing follows: no bootstrap.
-        ended: (steps, envs), 1 where the episode terminated or was truncated: no sum across.
+        ended: (steps, envs), 1 where the episode terminated or was truncated: nothing is summed across it.
 
     Returns:
         (steps, envs)
@@ -341,7 +341,7 @@ def evaluate(
 
 
 def memory_needed(args: Args) -> int:
-    """Bytes of resident memory, an upper estimate: the process, its games, observations, and a minibatch on its way."""
+    """Bytes of resident memory, an upper estimate: the process, games, observations, and a minibatch in use."""
     rollout_steps = args.num_envs * args.num_steps
     frames = 2 * 4 * 84 * 84 * (rollout_steps + args.metrics_samples)
     workers = even_workers(args.num_envs) if args.async_envs else 0
@@ -352,7 +352,7 @@ def memory_needed(args: Args) -> int:
 
 
 def check_relations(args: Args) -> None:
-    """Refuse flags that do not fit together, or not into this machine.
+    """Refuse flags that contradict each other, or that need more memory than is free.
 
     Raises:
         BadInput
@@ -365,7 +365,7 @@ def check_relations(args: Args) -> None:
     if args.env_backend == "ale":
         refuse_unless(
             args.checkpoint_frequency == 0,
-            "--env-backend ale cannot save its games: a run cannot resume; accept that with --checkpoint-frequency 0",
+            "--env-backend ale cannot save games, so a run cannot resume; accept that with --checkpoint-frequency 0",
         )
         require(
             args.seed < 2**31 - args.num_envs, args, "seed", f"be below 2**31 - {args.num_envs} for --env-backend ale"
@@ -392,7 +392,7 @@ def main(args: Args) -> None:
     network = QNetwork(num_actions, args.activation, args.conv_activation, args.amp, args.layer_norm)
     network.to(device, memory_format=torch.channels_last)
     on_cuda = device.type == "cuda"
-    # Nothing that changes is a Python number, so that a CUDA graph may hold the whole update.
+    # A tensor, since a CUDA graph that holds the whole update cannot see a Python number change.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, eps=args.adam_eps, capturable=on_cuda)
     loss_function = torch.compile(td_loss, disable=not args.compile, mode="reduce-overhead" if on_cuda else None)
@@ -411,7 +411,7 @@ def main(args: Args) -> None:
 
     for iteration in range(play.iteration + 1, iterations + 1):
         play.iteration = iteration
-        optimizer.param_groups[0]["lr"] = learning_rate  # a resumed optimizer has one of its own
+        optimizer.param_groups[0]["lr"] = learning_rate  # a resumed optimizer brings a tensor of its own
         if args.anneal_lr:
             learning_rate.fill_(linear_schedule(args.learning_rate, 0, iterations, iteration - 1))
 
