@@ -12,4 +12,5 @@ if [[ ${1:-} == fast ]]; then
     shift
     set -- -m "not slow" "$@"
 fi
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+# Three, since many tests wait for a process: two cores are busy then.
+exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"

@@ -152,14 +152,20 @@ def test_a_damaged_record_is_not_written_over(monkeypatch, tmp_path):
         benchmark.check(benchmark.Args(num_threads=1))
 
 
+ROLLOUTS_OF_256 = ["--num-envs", "8", "--num-steps", "32", "--num-minibatches", "8"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dqn", "ppo", "pqn"])
 def test_a_small_measurement_of_both_sides(monkeypatch, algorithm):
     """Would catch: a rival that is not trained alike any more, a script's flag or TensorBoard tag that is gone."""
-    monkeypatch.setattr(benchmark, "WARM_UP", {"dqn": 1000, "ppo": 1024, "pqn": 4096})
-    monkeypatch.setattr(benchmark, "TIMED", {"dqn": 1000, "ppo": 1024, "pqn": 4096})
-    args = benchmark.Args(at_once=(1,), algorithms=(algorithm,))
-    measured = {name: benchmark.measure(name, args, at_once=1) for name in benchmark.contenders(args)}
+    monkeypatch.setattr(benchmark, "WARM_UP", {"dqn": 1000, "ppo": 1024, "pqn": 1024})
+    monkeypatch.setattr(benchmark, "TIMED", {"dqn": 1000, "ppo": 1024, "pqn": 1024})
+    if algorithm == "pqn":
+        our_flags = benchmark.our_flags
+        monkeypatch.setattr(benchmark, "our_flags", lambda *a, **k: [*our_flags(*a, **k), *ROLLOUTS_OF_256])
+    args = benchmark.Args(num_threads=1, quick=True, algorithms=(algorithm,))
+    measured = {name: benchmark.measure(name, args) for name in benchmark.contenders(args)}
     for found in measured.values():
         assert 1 < found["speed"] < 100_000
         assert found["per_cpu_second"] >= 0.9 * found["speed"]  # on one core
@@ -175,8 +181,9 @@ def test_a_small_measurement_of_both_sides(monkeypatch, algorithm):
 def test_a_small_breakdown(algorithm):
     """Would catch: a function that the breakdown times and the scripts do not call any more."""
     code = f"import sys; sys.path.insert(0, 'benchmark'); import benchmark as b; b.WARM_UP = {{'{algorithm}': 1000}}; "
-    code += f"b.TIMED = {{'{algorithm}': {7192 if algorithm == 'pqn' else 1100}}}; "
-    code += f"b.breakdown('{algorithm}', 'BreakoutNoFrameskip-v4', 1, ['--metrics-samples', '512'])"
+    code += f"b.TIMED = {{'{algorithm}': 1100}}; "
+    flags = ["--metrics-samples", "512", *(ROLLOUTS_OF_256 if algorithm == "pqn" else [])]
+    code += f"b.breakdown('{algorithm}', 'BreakoutNoFrameskip-v4', 1, {flags})"
     done = run_script("-c", code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -15,16 +15,15 @@ import forked
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Quadrants, make_quadrants, small_args, stacked
+from conftest import SCRIPTS, Quadrants, make_quadrants, small_args, stacked
 
 from lan_utils.cli import BadInput, Stopped
 from lan_utils.run import Run
 
 pytestmark = pytest.mark.slow
 
-# Every script, and with its games in processes of their own where it can.
-KINDS = [(script, False) for script in SCRIPTS]
-KINDS += [(script, True) for script in SCRIPTS if "async_envs: bool" in (ROOT / script).read_text()]
+# Every script, and one with its games in processes of their own, several in each.
+KINDS = [*((script, False) for script in SCRIPTS), ("pqn_atari_lan.py", True)]
 
 
 def module_named(script):
@@ -148,8 +147,9 @@ def test_a_run_that_is_refused_leaves_nothing(monkeypatch, runs_dir, unchanged, 
     assert error.traceback
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("script", "async_envs"), KINDS)
+@pytest.mark.parametrize(
+    ("script", "async_envs", "signum"), [(*kind, signal.SIGTERM if kind[1] else signal.SIGINT) for kind in KINDS]
+)
 def test_a_signal_leaves_nothing_and_the_run_can_be_resumed(
     monkeypatch, runs_dir, capsys, unchanged, script, async_envs, signum
 ):

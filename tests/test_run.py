@@ -168,28 +168,28 @@ def undisturbed(once):
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", ["dqn", "ppo-sync", "ppo-async"])
-def test_a_run_killed_twenty_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
+@pytest.mark.parametrize("name", ["dqn", "ppo-async", "pqn-sync", "pqn-async"])
+def test_a_run_killed_twelve_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
     """SIGKILL and SIGTERM at random moments, from before the first checkpoint on, then to the end undisturbed.
     Would catch: any state that a checkpoint forgets, a point logged twice, a half-written file taken for whole."""
     expected = undisturbed(name)
     rng = random.Random(name)
     codes = []
-    while len(codes) < 22:
+    while len(codes) < 12:
         before = len(printed(runs_dir))
         process = start(name, runs_dir)
-        if len(codes) < 6:  # while it starts, and before there is a checkpoint
+        if len(codes) < 3:  # while it starts, and before there is a checkpoint
             time.sleep(rng.uniform(0.02, 0.7))
         else:
             wait_for(process, lambda before=before: len(printed(runs_dir)) > before)
             time.sleep(rng.uniform(0, 0.2))
-        os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        os.kill(process.pid, signal.SIGTERM if len(codes) % 3 == 2 else signal.SIGKILL)
         process.join(60)
         codes.append(process.exitcode)
     text = printed(runs_dir)
     assert 0 not in codes, codes  # every kill hit an unfinished run
     assert 1 not in codes, text
-    assert codes.count(-signal.SIGKILL) >= 8, codes
+    assert codes.count(-signal.SIGKILL) >= 5, codes
     assert codes.count(128 + signal.SIGTERM) >= 2, codes
     assert text.count("resumed at") >= 5, text
     code, text = run(name, runs_dir)
