@@ -315,11 +315,16 @@ def update_on_the_stand_in(algorithm, amp, break_with):
 )
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_update_stays_on_its_device(algorithm, amp):
+def test_an_update_stays_on_its_device(algorithm, amp, tmp_path):
     """Needs no GPU. Would catch: a tensor made on the CPU in loss, backward or optimizer, a copy to the host, --amp
     that does not reach the representation or that reaches the loss. (With each put in, it has to fail.)"""
-    call = f"{THIS_FILE}; test_cuda.update_on_the_stand_in({algorithm!r}, {amp}, %r)"
-    done = run_script("-c", call % None)
+
+    def update(break_with):
+        file = tmp_path / "update.py"  # forked, so that torch is imported already
+        file.write_text(f"{THIS_FILE}; test_cuda.update_on_the_stand_in({algorithm!r}, {amp}, {break_with!r})\n")
+        return run_script(file)
+
+    done = update(None)
     assert done.returncode == 0, done.stderr[-2000:]
     z = "torch.bfloat16" if amp else "torch.float32"
     assert json.loads(done.stdout.splitlines()[-1]) == [[STAND_IN], "torch.float32", z]
@@ -329,6 +334,6 @@ def test_an_update_stays_on_its_device(algorithm, amp):
         ("a tensor on the CPU", "device"),
         ("a host copy", "DataDependentOutputException"),
     ):
-        done = run_script("-c", call % break_with)
+        done = update(break_with)
         assert done.returncode != 0
         assert error in done.stderr

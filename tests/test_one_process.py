@@ -85,11 +85,12 @@ def test_three_seeds_in_a_loop_of_which_one_has_finished_before(
     """Would catch: a finished run that ends the loop, a second run whose flags are the first one's."""
     module = module_named(script)
     monkeypatch.setattr(module, "make_env", make_quadrants)
-    module.main(small_args(module, runs_dir, seed=2, async_envs=async_envs))
+    module.main(small_args(module, runs_dir, seed=2, async_envs=async_envs, total_timesteps=640))
     (finished,) = runs_dir.iterdir()
     before = {file: file.stat().st_mtime_ns for file in finished.iterdir() if file.name != ".lock"}
     for seed in (1, 2, 3):
-        assert module.main(small_args(module, runs_dir, seed=seed, async_envs=async_envs)) is None
+        args = small_args(module, runs_dir, seed=seed, async_envs=async_envs, total_timesteps=640)
+        assert module.main(args) is None
     assert capsys.readouterr().out.count(f"{finished} has finished; --overwrite trains it anew\n") == 1
     assert {file: file.stat().st_mtime_ns for file in finished.iterdir() if file.name != ".lock"} == before
     folders = sorted(runs_dir.iterdir())
@@ -202,7 +203,8 @@ def train_in_a_pool(script, async_envs, runs_dir, seed):
     multiprocessing.set_start_method(None, force=True)  # python's default again, as in a user's pool
     module = module_named(script)
     before = state_of_the_process()
-    module.main(small_args(module, runs_dir, seed=seed, async_envs=async_envs, metrics_frequency=0))
+    flags = {"async_envs": async_envs, "metrics_frequency": 0, "total_timesteps": 640}
+    module.main(small_args(module, runs_dir, seed=seed, **flags))
     after = state_of_the_process()
     return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 

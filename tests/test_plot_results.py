@@ -181,7 +181,9 @@ def test_page_in_a_browser(drawn, tmp_path):
     shutil.copy(drawn / "index.html", page)
     document, console = browse(page, tmp_path, "#sort=results:-6")
     assert console == []
-    assert document.count("<img") == len([name for name in figures.FIGURES if "controls" not in name])
+    assert document.count("<img") == len(
+        [name for name in figures.figures_of(["dqn", "ppo"]) if "controls" not in name]
+    )
     assert 'aria-sort="descending"' in document
     body = document.split('<table id="results">')[1].split("<tbody>")[1].split("</tbody>")[0]
     shown = [float(re.findall(r"<td>(.*?)</td>", row)[6]) for row in body.split("</tr>") if "<td>" in row]
@@ -222,7 +224,7 @@ def test_only_a_mark_makes_a_folder_its_own(tmp_path, runs_dir):
         (home / refused).unlink()
         theirs.pop(refused)
     for _ in range(2):  # with the mark, its own files are replaced
-        draw(runs_dir, home)
+        draw(runs_dir, home, "fig05a", "tables")
         assert (home / ".cache" / "embeddings.npz").read_text() == "theirs"
         assert len(list((home / ".cache").iterdir())) == 2
     shutil.rmtree(next(runs_dir.iterdir()))

@@ -122,7 +122,10 @@ def test_two_experiments_are_drawn_side_by_side(tmp_path, runs_dir, capsys):
     claims = pd.read_csv(tmp_path / "both" / "claims.csv")
     is_other = claims["claim"].str.contains("@")
     assert claims[~is_other].reset_index(drop=True).equals(pd.read_csv(tmp_path / "alone" / "claims.csv"))
-    assert set(claims[is_other]["claim"]) == {"tanh-lan@a_lr1e-4: z < mean of its factors"}
+    assert set(claims[is_other]["claim"]) == {
+        "tanh-lan@a_lr1e-4: z < mean of its factors",
+        "tanh-lan@a_lr1e-4 = tanh-lan",
+    }
     curves = pd.read_csv(tmp_path / "both" / "curves.csv.gz")
     assert not curves.duplicated(["algorithm", "game", "activation", "seed", "agent_steps", "quantity"]).any()
     tables = (tmp_path / "both" / "results.md").read_text()

@@ -48,7 +48,7 @@ RUNS = {
     "ppo-sync": f"{PPO} {COMMON} --no-async-envs".split(),
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
     "dqn-controls": f"""{DQN} {COMMON} --activation layernorm-lan --conv-activation tanh-glu
-        --total-timesteps 1100""".split(),
+        --total-timesteps 1100 --train-frequency 45""".split(),
     "pqn-sync": f"{PQN} {COMMON} --no-async-envs".split(),
     "pqn-async": f"{PQN} {COMMON} --async-envs".split(),  # several games in each worker
 }
@@ -265,7 +265,7 @@ def damage(path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-sync"])
+@pytest.mark.parametrize("name", ["dqn"])
 def test_every_file_corrupted_in_turn(name, runs_dir, tmp_path, undisturbed):
     """Back to the checkpoint before with a warning; none whole: an error, and nothing is deleted or changed."""
     folder = interrupted(name, runs_dir, 800 if name == "dqn" else 768)
@@ -323,7 +323,7 @@ def test_every_file_corrupted_in_turn(name, runs_dir, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-async"])
+@pytest.mark.parametrize("name", ["dqn"])
 def test_changed_flags_two_processes_and_a_finished_run(name, runs_dir, undisturbed):
     """Would catch: a resume with another schedule, two writers in one folder, a finished run trained again."""
     folder = interrupted(name, runs_dir, 200 if name == "dqn" else 192)
@@ -367,7 +367,7 @@ class LimitFileSize:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-async"])
+@pytest.mark.parametrize("name", ["dqn"])
 def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(name, runs_dir, undisturbed):
     code, text = run(name, runs_dir, sabotage=LimitFileSize())
     assert code == 1
@@ -482,7 +482,7 @@ def test_divergence_is_one_line_and_exit_code_1(name, runs_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-sync"])
+@pytest.mark.parametrize("name", ["ppo-sync"])
 def test_a_signal_during_the_evaluation_loses_no_training(name, runs_dir):
     process = start(name, runs_dir, "--checkpoint-frequency", "0", "--eval-episodes", "200")
     wait_for(process, lambda: "evaluation game 0" in printed(runs_dir))
@@ -532,7 +532,7 @@ ALE_RUN = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_run_on_ale_games_is_reproducible(runs_dir, seed):
     """Would catch: an unseeded game (seed 0 was, in older releases), a checkpoint that cannot be made."""
     weights = []
@@ -589,7 +589,7 @@ def test_a_folder_that_is_begun_anew_while_its_process_sleeps(runs_dir, undistur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dqn", "ppo-async"])
+@pytest.mark.parametrize("name", ["ppo-async"])
 def test_a_folder_that_is_deleted_ends_its_run_in_one_line(name, runs_dir):
     """Would catch: a traceback of TensorBoard's writer, a folder that comes to life again with half a run in it."""
     process = start(name, runs_dir)
@@ -621,7 +621,7 @@ def test_workers_that_die_during_the_evaluation_are_not_missed(runs_dir):
 @pytest.mark.slow
 def test_another_thread_count_warns_and_is_recorded(runs_dir):
     """It gives other sums, and other weights. Would catch: a resume on other threads without a word."""
-    folder = interrupted("ppo-sync", runs_dir, 192)
+    folder = interrupted("ppo-sync", runs_dir, 960)
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core has one thread count")
     code, text = run("ppo-sync", runs_dir, "--num-threads", 2)
@@ -629,7 +629,7 @@ def test_another_thread_count_warns_and_is_recorded(runs_dir):
     assert "warning: this run began with threads 1, now 2: it may not continue bit for bit" in text
     config = json.loads((folder / "config.json").read_text())
     assert config["threads"] == 1
-    assert [(resume["step"] >= 192, resume["threads"]) for resume in config["resumes"]] == [(True, 2)]
+    assert [(resume["step"] >= 960, resume["threads"]) for resume in config["resumes"]] == [(True, 2)]
 
 
 # ------------------------------------------------------------------------------------------ without a script

@@ -187,7 +187,7 @@ def test_a_row_in_the_table_is_a_flag_trains_and_is_drawn(monkeypatch, tmp_path,
     with pytest.raises(SystemExit):
         cli.parse(module.Args)
 
-    draw(tmp_path / "runs", tmp_path / "out")
+    draw(tmp_path / "runs", tmp_path / "out", "tables", "study")
     found = {row["activation"]: row for row in rows(tmp_path / "out").values()}
     assert found.keys() == {"relu", "silu-lan"}
     assert (found["silu-lan"]["drawn"], found["silu-lan"]["note"]) == ("True", "")
