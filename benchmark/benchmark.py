@@ -460,7 +460,7 @@ def compare(args: Args, at_once: int, rounds: int) -> dict[str, dict]:
             runs = f"{at_once} at once  " if at_once else ""
             print(f"round {n + 1}/{rounds}  {runs}{name:<40}{found[name][-1]['speed']:>8.1f} steps/s", flush=True)
 
-    rival = f"x {'before' if args.against else 'sb3'}"
+    rival = "x before" if args.against else "x ppo" if args.algorithms == ("pqn",) else "x sb3"
     gpu = f"{'GPU GB':>9}" if args.cuda else ""
     print(f"\n{'':<40}{'median':>9}{'lowest':>9}{'highest':>9}{rival:>9}{'by CPU':>9}{'peak GB':>9}{gpu}")
     table = {}
@@ -485,6 +485,8 @@ def compare(args: Args, at_once: int, rounds: int) -> dict[str, dict]:
         numbers = "".join(f"{row[key]:>9.1f}" for key in ("median", "lowest", "highest"))
         gpu = f"{row['gpu_gb']:>9.2f}" if args.cuda else ""
         print(f"{name:<40}{numbers}{row['ratio']:>9.2f}{row['cpu_ratio']:>9.2f}{row['peak_gb']:>9.2f}{gpu}")
+    if "pqn" in table and rival == "x sb3":
+        print("pqn: x ppo, since stable-baselines3 has none")
     print()
     return table
 
