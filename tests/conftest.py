@@ -29,6 +29,11 @@ from lan_utils import cli  # noqa: E402
 SCRIPTS = tuple(sorted(file.name for file in ROOT.glob("*_atari_lan.py")))
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that at the end no worker waits for another's last one."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 class Quadrants(gym.Env):
     """The lit quadrant of the picture is the paying action. Ten steps a game: 2.5 at random, 10 at best."""
 
