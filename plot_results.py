@@ -63,7 +63,7 @@ def main(args: Args) -> None:
     global _results
     out_dir = Path(args.out_dir)
     found, messages = [], []
-    for runs_dir in dict.fromkeys(map(Path, args.runs_dir)):
+    for runs_dir in {path.absolute(): path for path in map(Path, args.runs_dir)}.values():
         of_folder, about_it = find_runs(runs_dir, out_dir)
         found += of_folder
         messages += about_it

@@ -295,6 +295,8 @@ def lambda_returns(
 ) -> Tensor:
     """Lambda-returns of Q-learning (Gallici et al. 2024) over a rollout, at whose end they bootstrap.
 
+    R_t = r_t + gamma (1 - terminated_t) ((1 - lam) max Q(s_t+1) + lam R_t+1), and max Q alone where an episode ended.
+
     Args:
         rewards: (steps, envs).
         next_values: (steps, envs), max Q where the actions led to; at a truncation, of its true last observation.
@@ -331,7 +333,7 @@ def act(network: nn.Module, obs: np.ndarray) -> int:
 def evaluate(
     network: nn.Module, args: Args, games: int, video_folder: Path | None = None, watch: bool = False
 ) -> Iterator[float]:
-    """Play whole games without exploration and random states of their own; yields each game's unclipped score."""
+    """Play whole games without exploration, with random states of their own; yields each game's unclipped score."""
     render_mode = "human" if watch else "rgb_array" if video_folder else None
     env = make_env(args.env_id, args.repeat_action_probability, render_mode)
     yield from play_games(env, lambda obs: act(network, obs), args.seed + 10_000, games, video_folder)

@@ -26,7 +26,7 @@ def read_atari_scores() -> dict[str, tuple[float, float]]:
 
 
 PUBLISHED_SCORES = ROOT / "results" / "published_scores.csv"
-FULL_LENGTH = 9_900_000  # agent steps from which on a run's score is compared with published ones
+FULL_LENGTH = 10_000_000  # agent steps of the published runs
 # What the published runs of these scores have in common, where the script's default is another (docs/decisions.md).
 FLAGS_OF_PUBLISHED = {"dqn": {"double_q": False, "end_e": 0.01, "adam_eps": 1e-8}}
 
@@ -41,15 +41,21 @@ class Published(NamedTuple):
     deviation_over: str  # runs, or the episodes of one run
     source: str
 
+    @property
+    def source_name(self) -> str:
+        return self.source.split()[0].rstrip(",")
 
-def read_published_scores(algorithm: str, game: str) -> list[Published]:
-    """All that are known of a game after 10 M agent steps, as their sources have them."""
+
+def read_published_scores() -> list[Published]:
+    """All that are known, each after FULL_LENGTH agent steps, as their sources have them."""
     with open(PUBLISHED_SCORES, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["algorithm"], row["game"]) == (algorithm, game)]
-    return [
-        Published(algorithm, game, float(row["mean"]), float(row["deviation"]), row["deviation_over"], row["source"])
-        for row in rows
-    ]
+        return [
+            Published(
+                *(row["algorithm"], row["game"], float(row["mean"]), float(row["deviation"])),
+                *(row["deviation_over"], row["source"]),
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 class Style(NamedTuple):

@@ -21,7 +21,7 @@ from scipy import stats
 from lan_utils import files, study
 from lan_utils.study import RUNS_OF_FIGURES
 from plots.events import LAYERS as OF_LAYERS
-from plots.results import MOSTLY_CONSTANT, Results, layers_of
+from plots.results import MOSTLY_CONSTANT, Results, equally_long, layers_of
 from plots.statistics import LAST_GAMES, ByGame, Curves, curve_of_each_seed, line_and_band, normalized
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
@@ -288,17 +288,20 @@ def draw_study(results: Results, plot: Plot) -> Drawing:
 
 def published_of(results: Results, algorithm: str, game: str) -> list[study.Published]:
     """What to mark in a game's panel: nothing where the axis is not of a full-length training."""
-    full = results.lengths[algorithm] >= study.FULL_LENGTH
-    return study.read_published_scores(algorithm, game) if full else []
+    if not equally_long(results.lengths[algorithm], study.FULL_LENGTH):
+        return []
+    return [other for other in study.read_published_scores() if (other.algorithm, other.game) == (algorithm, game)]
 
 
 def mark_published(axes: Axes, results: Results, algorithm: str, game: str) -> list[Line2D]:
     """Published scores of ReLU at the right edge; returns the legend's entries."""
+    sources = sorted({other.source_name for other in study.read_published_scores()})
     entries = []
-    for marker, other in zip(PUBLISHED_MARKERS, published_of(results, algorithm, game), strict=False):
+    for other in published_of(results, algorithm, game):
+        marker = PUBLISHED_MARKERS[sources.index(other.source_name)]
         look = {"marker": marker, "linestyle": "", "color": GREY, "markersize": 3.5, "clip_on": False, "zorder": 3}
         axes.plot(results.lengths[algorithm], other.mean, **look)
-        entries.append(Line2D([], [], **look, label=f"ReLU, {other.source.split()[0].rstrip(',')}"))
+        entries.append(Line2D([], [], **look, label=f"ReLU, {other.source_name}"))
     return entries
 
 
@@ -328,28 +331,25 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
 def draw_algorithms(results: Results, plot: Plot) -> Drawing:
     """A row for each game that several algorithms have, a panel for each algorithm, all on the same axes."""
     algorithms = list(results.lengths)
-    common = [game for game, n in Counter(g for a in algorithms for g in games_of(results, a)).items() if n > 1]
+    common = sorted(game for game, n in Counter(g for a in algorithms for g in games_of(results, a)).items() if n > 1)
     if not common:
         return None, ["no game of several algorithms"]
+    drawn = results.drawn.loc[results.drawn["game"].isin(common), "activation"]
+    shown = [name for name in study.ACTIVATIONS if name in set(drawn)]
+    shown += sorted(set(drawn) - set(shown))
     size = max(3.4, 2.3 * len(algorithms)), 0.5 + 2.1 * len(common)
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(len(common), len(algorithms), squeeze=False, sharex=True, sharey="row")
     missing = []
-    for (row, game), (column, algorithm) in itertools.product(enumerate(sorted(common)), enumerate(algorithms)):
-        axes, of_one = grid[row, column], replace(plot, runs=study.Needed(algorithm), each_seed=True)
-        if game in games_of(results, algorithm):
-            names = draw_lines(axes, results, of_one, "score", game)
-            missing += [
-                f"no {algorithm.upper()} {label_of(name)} in {game}"
-                for name in names
-                if any(results.select_curves(other, name, "score", game) for other in algorithms)
-            ]
-        else:
-            missing.append(f"no {algorithm.upper()} in {game}")
+    for (row, game), (column, algorithm) in itertools.product(enumerate(common), enumerate(algorithms)):
+        axes = grid[row, column]
+        of_one = replace(plot, runs=study.Needed(algorithm, tuple(shown)), each_seed=True)
+        names = draw_lines(axes, results, of_one, "score", game, label=None)
+        missing += [f"no {algorithm.upper()} {label_of(name)} in {game}" for name in names]
         axes.set(title=plain(f"{algorithm.upper()}, {game}"), xlim=(0, max(results.lengths.values())))
         axes.set_ylabel("" if column else axis_of("score").label)
         axes.set_xlabel("agent steps" if row == len(common) - 1 else "")
-    add_legend(figure)
+    add_legend(figure, [Line2D([], [], **look_of(name), label=label_of(name)) for name in shown])
     return figure, missing
 
 
@@ -497,7 +497,7 @@ def parameters_of(results: Results, algorithm: str, name: str) -> float:
     """Of the network, mean over runs: games differ in their number of actions. 0 where no run says it."""
     drawn = results.drawn
     runs = drawn.loc[(drawn["algorithm"] == algorithm) & (drawn["activation"] == name), "run"]
-    counts = [files.read_json(results.folders[run] / "config.json").get("parameters") for run in runs]
+    counts = [files.read_json(results.folders[algorithm, run] / "config.json").get("parameters") for run in runs]
     return float(np.mean([count for count in counts if isinstance(count, int)] or [0]))
 
 
@@ -557,7 +557,7 @@ def read_activations(
     problems = []
     for name in drawn[wanted].sort_values("seed")["run"]:
         try:
-            sample = read_sample(results.folders[name], layers)
+            sample = read_sample(results.folders[runs.algorithm, name], layers)
             return {layer: values[:, :KDE_NEURONS] for layer, values in sample.items()}, problems
         except FileNotFoundError:
             continue
@@ -834,7 +834,7 @@ def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
     """FIGURES, four of every algorithm that has none there, and one of several algorithms."""
     figures = dict(FIGURES)
     if len(algorithms) > 1:
-        figures["algorithms"] = Plot(draw_algorithms, ALGORITHMS, study.Needed(algorithms[0]))
+        figures["algorithms"] = Plot(draw_algorithms, ALGORITHMS, study.Needed(""))
     for algorithm in algorithms:
         if activations_of_study(algorithm):
             continue
@@ -893,7 +893,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
     Raises:
         OSError: a file cannot be written.
     """
-    if plot.runs.algorithm not in results.lengths:
+    if plot.draw is not draw_algorithms and plot.runs.algorithm not in results.lengths:
         return Drawn(b"", "", f"not drawn, no {plot.runs.algorithm.upper()} run")
     with matplotlib.style.context(LOOK), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a game's name in a script that the font lacks

@@ -21,6 +21,7 @@ from plots.results import (
     Results,
     activations_of,
     algorithms_of,
+    equally_long,
     missing_runs,
 )
 from plots.statistics import (
@@ -77,10 +78,12 @@ RETURNS = ("normalized_score", "final_return")
 # first does better: a higher rank, fewer dead neurons, a higher return.
 CONTROL_PAIRS = (
     *(("bilinear", "tanh-lan"), ("bilinear", "tanh"), ("tanh-glu", "tanh-lan"), ("tanh-glu", "bilinear")),
-    *(("tanh-lan", "relu-1024"), ("layernorm-lan", "layernorm"), ("layernorm-relu", "relu")),
+    *(("tanh-lan", "relu-1024"), ("tanh-lan", "wide-1024")),
+    *(("layernorm-lan", "layernorm"), ("layernorm-relu", "relu")),
 )
+RANKS = ("effective_rank", "effective_rank_centred")
 BETTER = {
-    **dict.fromkeys(("effective_rank", "effective_rank_centred"), ">"),
+    **dict.fromkeys(RANKS, ">"),
     **dict.fromkeys(("dead_neurons", "std_dead_neurons", "dead_neurons_scaled", "dormant_neurons"), "<"),
     **dict.fromkeys(RETURNS, ">"),
 }
@@ -140,7 +143,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
         return results.final_values(algorithm, activation, quantity)
 
     def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, runs: ByGame) -> None:
-        if exp_name and not differences:
+        if exp_name and not runs:
             return
         groups = [[game] for game in runs]
         if len(groups) != 1 and quantity != "final_return":
@@ -173,7 +176,12 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
             differences = pair(values(first, quantity), values(second, quantity))
             add(differences, f"{first} {relation} {second}", quantity, END, relation, pairs_of_runs(first, second))
 
-    pairs = [(first + suffix, second + suffix, BETTER) for first, second in CONTROL_PAIRS]
+    pairs = []
+    for first, second in CONTROL_PAIRS:
+        relations = BETTER
+        if study.style(first).width != study.style(second).width:  # ranks of unequal widths do not compare
+            relations = {"rank_share": ">"} | {name: BETTER[name] for name in BETTER if name not in RANKS}
+        pairs.append((first + suffix, second + suffix, relations))
     if exp_name:  # the same activation in both experiments
         shown = {study.split_group(run)[0] for run in results.drawn["activation"] if run.endswith(suffix)}
         pairs += [(name + suffix, name, dict.fromkeys(BETTER, "=")) for name in sorted(shown)]
@@ -330,40 +338,49 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
 
 def published_table(results: Results, runs: Sequence[RecordedRun]) -> Table | None:
     """ReLU's scores after a full-length training beside what others report; None where there is no such run."""
+    ours: dict[tuple[str, str], list[RecordedRun]] = {}
+    for run in runs:
+        full = run.finished and not run.left_out and equally_long(run.agent_steps, study.FULL_LENGTH)
+        if (
+            full
+            and run.activation == "relu"
+            and run.seed in results.final_values(run.algorithm, "relu", "final_return").get(run.game, {})
+        ):
+            ours.setdefault((run.algorithm, run.game), []).append(run)
     rows = []
-    drawn = results.drawn
-    full = drawn[drawn["finished"] & (drawn["agent_steps"] >= study.FULL_LENGTH) & (drawn["activation"] == "relu")]
-    flags = {run.name: run.flags for run in runs}
-    for (algorithm, game), ours in full.groupby(["algorithm", "game"]):
-        scores = ours["final_return"].dropna()
-        deviation = f" ± {scores.std():,.1f}" if len(scores) > 1 else ""
-        head = {
-            "algorithm": algorithm.upper(),
-            "game": game,
-            "here": f"{scores.mean():,.1f}{deviation}",
-            "seeds": " ".join(map(str, sorted(ours["seed"]))),
-        }
-        wanted = study.FLAGS_OF_PUBLISHED.get(algorithm, {})
-        others = {
-            f"--{flag.replace('_', '-')} {flags[run].get(flag)}, not {value}"
-            for run in ours["run"]
-            for flag, value in wanted.items()
-            if flags[run].get(flag) != value
-        }
-        for other in study.read_published_scores(algorithm, game):
-            of_other = {"published": f"{other.mean:,.1f} ± {other.deviation:,.1f}", "± over": other.deviation_over}
-            rows.append(
-                head | of_other | {"source": other.source, "differs here": "; ".join(sorted(others)) or NOTHING}
-            )
+    for other in study.read_published_scores():
+        found = ours.get((other.algorithm, other.game), [])
+        if not found:
+            continue
+        finals = results.final_values(other.algorithm, "relu", "final_return")[other.game]
+        scores = {run.seed: finals[run.seed] for run in found}
+        differs = []
+        for flag, value in sorted(study.FLAGS_OF_PUBLISHED.get(other.algorithm, {}).items()):
+            values = [run.flags[flag] for run in found if flag in run.flags and run.flags[flag] != value]
+            if values:
+                flags = " or ".join(dict.fromkeys(f"--{flag.replace('_', '-')} {each}" for each in values))
+                differs.append(f"{flags}, not {value} ({len(values)} of {len(found)} runs)")
+        rows.append(
+            {
+                "algorithm": other.algorithm.upper(),
+                "game": other.game,
+                "here": mean_and_deviation({other.game: scores}, ",.1f"),
+                "seeds": " ".join(map(str, sorted(scores))),
+                "published": f"{other.mean:,.1f} ± {other.deviation:,.1f}",
+                "± over": other.deviation_over,
+                "source": other.source,
+                "differs here": "; ".join(differs) or NOTHING,
+            }
+        )
     if not rows:
         return None
     return Table(
         "published",
         "Beside published scores",
-        f"ReLU after at least {study.FULL_LENGTH / 1e6:.1f} M agent steps: mean of the last {LAST_GAMES} games of "
-        "training, mean ± standard deviation over seeds. Published: as its source reports it, which may evaluate "
-        "otherwise; its deviation is over what the next column says. Differs here: flags of our runs that differ from "
-        "what the published runs have in common, as far as is known (docs/decisions.md).",
+        f"ReLU after {study.FULL_LENGTH / 1e6:.0f} M agent steps: mean of the last {LAST_GAMES} games, mean "
+        "± standard deviation over seeds. Published: as its source reports it, which may evaluate otherwise; its "
+        "deviation is over what the next column says. Differs here: flags of our runs that differ from what the "
+        "published runs have in common, as far as is known (docs/decisions.md).",
         pd.DataFrame(rows).astype(str),
     )
 

@@ -248,7 +248,7 @@ def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str
             )
             for run in twins:
                 if run is not best:
-                    run.left_out = f"same seed as {best.name}"
+                    run.left_out = f"same seed as {best.name if best.name != run.name else printable(str(best.folder))}"
         drawn = [run for run in candidates if not run.left_out]
         if drawn and allow_unfinished:
             lengths[algorithm] = max(run.agent_steps for run in drawn)
@@ -349,14 +349,14 @@ class Results:
             `representation/` tags, the `layers/` tags whole, and `dead_factors`, the mean over a LaN's factors of their
             dead neurons.
         lengths: agent steps at the end of each algorithm's grid.
-        folders: of the drawn runs, by `run`.
+        folders: of the drawn runs, by algorithm and `run`.
         scales: of the normalised score, by algorithm and game; none where there is no ReLU baseline.
     """
 
     runs: pd.DataFrame
     curves: list[Curve]
     lengths: dict[str, int]
-    folders: dict[str, Path]
+    folders: dict[tuple[str, str], Path]
     scales: dict[tuple[str, str], statistics.Scale] = field(default_factory=dict)
 
     @property
@@ -509,7 +509,7 @@ def make_results(runs: Sequence[RecordedRun], lengths: dict[str, int]) -> tuple[
                     finals[i][quantity] = float(statistics.normalized(finals[i]["final_return"], ends))
                 if "score" in curves[i] and not np.isnan(statistics.normalized(0.0, ends)):
                     curves[i][quantity] = statistics.normalized(curves[i]["score"], ends)
-    folders = {run.name: run.folder for run in runs if not run.left_out}
+    folders = {(run.algorithm, run.name): run.folder for run in runs if not run.left_out}
     found = [
         Curve(run.algorithm, run.game, run.activation, run.seed, quantity, values)
         for run, quantities in zip(runs, curves, strict=True)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Draws every recorded study again, each into its own folder: bash results/draw.sh
-set -euo pipefail
+# Exit code: the number of studies that could not be drawn, because too little of them is recorded yet.
+set -uo pipefail
 source "$(dirname "$0")/../scripts/venv.sh"
+failed=0
 
 # draw FOLDER FLAGS: the figures and tables of results/FOLDER, of the runs that are recorded there
 draw() {
     local folder=results/$1
     shift
-    [[ ! -d $folder/runs ]] || .venv/bin/python plot_results.py --out-dir "$folder" --runs-dir "$folder/runs" "$@"
+    [[ -d $folder/runs ]] || return 0
+    .venv/bin/python plot_results.py --out-dir "$folder" --runs-dir "$folder/runs" "$@" || ((failed += 1))
 }
 
 draw study
@@ -15,3 +18,4 @@ draw pqn --only algorithms study_pqn layers tables
 draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo study_ppo layers_ppo tables
 draw full --allow-unfinished
+exit "$failed"

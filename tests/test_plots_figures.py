@@ -480,6 +480,9 @@ def test_published_scores_are_marked_at_the_end_of_a_full_length_axis(tmp_path, 
     assert line.get_xdata()[0] == 10_000_000
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[-2:] == ["ReLU, cleanrl", "ReLU, rl-baselines3-zoo"]
+    # Qbert has the second source alone: it keeps its own marker.
+    of_zoo = {axes.lines[-1].get_marker() for axes in figure.axes}
+    assert of_zoo == {figures.PUBLISHED_MARKERS[2]}
     figure, _ = figures.draw_games(read, figures.FIGURES["fig17_ppo_games"])
     assert not [line for axes in figure.axes for line in axes.lines if line.get_marker() in figures.PUBLISHED_MARKERS]
     assert figures.about_published(read, figures.FIGURES["fig16_dqn_games"])
@@ -494,12 +497,15 @@ def test_algorithms_are_drawn_side_by_side_on_the_same_axes(tmp_path, runs_dir):
     make_run(runs_dir, "dqn", "Pong", "tanh", 1)
     make_run(runs_dir, "ppo", "Pong", "tanh", 1)
     make_run(runs_dir, "ppo", "Qbert", "relu", 1)
+    make_run(runs_dir, "dqn", "Pong", "selu", 1)
     read = read_study(runs_dir, tmp_path)
     plot = figures.figures_of(["dqn", "ppo", "pqn"])["algorithms"]
     figure, missing = figures.draw_algorithms(read, plot)
     assert [axes.get_title() for axes in figure.axes] == ["DQN, Pong", "PPO, Pong", "PQN, Pong"]
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     assert {axes.get_xlim() for axes in figure.axes} == {(0, 100_000)}
-    assert missing == ["no PQN Tanh in Pong"]
+    assert missing == ["no PPO SELU in Pong", "no PQN Tanh in Pong", "no PQN SELU in Pong"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["ReLU", "Tanh", "SELU"]
     assert "algorithms" not in figures.figures_of(["dqn"])
     assert report.title_of("algorithms") == "Algorithms"

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from plots_common import draw, make_small_study, read_study  # noqa: F401 (a fixture)
+from plots_common import draw, read_study
 from synthetic_study import make_run, true_score
 
 from plots import report, results
@@ -95,6 +95,20 @@ def test_the_controls_are_claimed_to_do_better_by_every_count():
     assert not claims["claim"].str.contains("glu|1024|layernorm").any()
 
 
+def test_ranks_of_unequal_widths_are_compared_as_shares():
+    """A rank of 300 of 512 neurons against 400 of 1024: 0.586 against 0.391. Would catch: "contradicted" since 300 is
+    less than 400."""
+    runs = []
+    for seed in (1, 2, 3):
+        for name, rank, width in (("tanh-lan", 300.0, 512), ("relu-1024", 400.0, 1024)):
+            finals = {"effective_rank": rank + seed * (name == "tanh-lan"), "rank_share": (rank + seed) / width}
+            runs.append(("ppo", "Pong", name, seed, finals, {}))
+    claims = report.make_claims(make_results(runs))
+    assert claim(claims, claim="tanh-lan > relu-1024", quantity="rank_share")["verdict"] == "confirmed"
+    of_pair = claims[claims["claim"].isin(["tanh-lan > relu-1024", "tanh-lan < relu-1024"])]
+    assert not of_pair["quantity"].str.startswith("effective_rank").any()
+
+
 def test_two_experiments_are_said_to_be_equal_until_an_interval_contradicts_it():
     """Ranks differ by 50, 51 and 49: contradicted; returns by 1, -1 and 0: open. The other experiment's tanh has no
     partner in the first. Would catch: "open" for what plainly differs, an ablation compared with itself."""
@@ -124,15 +138,22 @@ def full_length_runs(runs_dir):
         (folder / "config.json").write_text(json.dumps(config))
     make_run(runs_dir, "dqn", "Pong", "tanh", 1, agent_steps=10_000_000, **few)
     make_run(runs_dir, "ppo", "Breakout", "relu", 1, agent_steps=9_000_000, **few)
+    make_run(runs_dir, "pqn", "Breakout", "relu", 1, agent_steps=50_000_000, **few)
+
+
+def published_rows(runs_dir, out_dir):
+    """The rows of results.md's table of published scores."""
+    draw(runs_dir, out_dir, "tables", allow_unfinished=True)
+    _, _, text = (out_dir / "results.md").read_text().partition("## Beside published scores\n")
+    lines = [line[2:-2].split(" | ") for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
 def test_published_scores_stand_beside_full_length_relu_runs_only(tmp_path, runs_dir):
     """cleanrl reports 366.928 ± 39.89 over 3 runs of DQN in Breakout. Would catch: tanh beside ReLU's published scores,
     a short run beside long ones, flags that differ left unsaid."""
     full_length_runs(runs_dir)
-    runs, _ = results.find_runs(runs_dir, tmp_path)
-    table = report.published_table(read_study(runs_dir, tmp_path), runs)
-    rows = table.cells.to_dict("records")
+    rows = published_rows(runs_dir, tmp_path / "out")
     assert [(row["algorithm"], row["game"], row["published"], row["± over"]) for row in rows] == [
         ("DQN", "Breakout", "366.9 ± 39.9", "3 runs"),
         ("DQN", "Breakout", "358.3 ± 62.0", "episodes of 1 run"),
@@ -144,13 +165,15 @@ def test_published_scores_stand_beside_full_length_relu_runs_only(tmp_path, runs
     mean, deviation = map(float, rows[0]["here"].split(" ± "))
     assert mean == pytest.approx(np.mean(seeds), abs=0.3)
     assert deviation == pytest.approx(1.44, abs=0.3)  # 0.05 of the human's range between neighbouring seeds
-    differs = "--adam-eps 1e-05, not 1e-08; --double-q True, not False; --end-e 0.1, not 0.01"
+    flags = ("--adam-eps 1e-05, not 1e-08", "--double-q True, not False", "--end-e 0.1, not 0.01")
+    differs = "; ".join(f"{flag} (2 of 3 runs)" for flag in flags)
     assert {row["differs here"] for row in rows} == {differs}
 
 
-def test_no_full_length_run_no_table_of_published_scores(study, tmp_path):
-    runs, _ = results.find_runs(study, tmp_path)
-    assert report.published_table(read_study(study, tmp_path), runs) is None
+def test_no_full_length_run_no_table_of_published_scores(tmp_path, runs_dir):
+    make_run(runs_dir, "dqn", "Breakout", "relu", 1)
+    make_run(runs_dir, "ppo", "Breakout", "relu", 1, agent_steps=10_000_000, finished=False)
+    assert published_rows(runs_dir, tmp_path / "out") == []
 
 
 def test_saturates_more_slowly_is_a_mean_over_training():
