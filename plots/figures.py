@@ -329,14 +329,19 @@ def draw_games(results: Results, plot: Plot) -> Drawing:
 
 
 def draw_algorithms(results: Results, plot: Plot) -> Drawing:
-    """A row for each game that several algorithms have, a panel for each algorithm, all on the same axes."""
+    """A row for each game that several algorithms have, a panel for each algorithm, all on the same axes; of the
+    activations those that several algorithms have."""
     algorithms = list(results.lengths)
     common = sorted(game for game, n in Counter(g for a in algorithms for g in games_of(results, a)).items() if n > 1)
     if not common:
         return None, ["no game of several algorithms"]
-    drawn = results.drawn.loc[results.drawn["game"].isin(common), "activation"]
-    shown = [name for name in study.ACTIVATIONS if name in set(drawn)]
-    shown += sorted(set(drawn) - set(shown))
+    drawn = results.drawn[results.drawn["game"].isin(common)]
+    several = drawn.groupby("activation")["algorithm"].nunique() > 1
+    found = set(several[several].index)
+    if not found:
+        return None, ["no activation of several algorithms"]
+    shown = [name for name in study.ACTIVATIONS if name in found]
+    shown += sorted(found - set(shown))
     size = max(3.4, 2.3 * len(algorithms)), 0.5 + 2.1 * len(common)
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(len(common), len(algorithms), squeeze=False, sharex=True, sharey="row")
@@ -734,7 +739,8 @@ CONTROLS = (
     "is a seed, the mean over its games; a line is the mean over games of the mean over seeds."
 )
 ALGORITHMS = (
-    f"The algorithms side by side, on the same axes: mean return of the last {LAST_GAMES} games over the agent steps. "
+    f"The algorithms side by side, on the same axes: mean return of the last {LAST_GAMES} games over the agent steps, "
+    "of the activations that several of them have. "
     f"Each axis is as long as the longest training. Up to {FEW_SEEDS} seeds are a thin line each, without a band."
 )
 NO_CONTROL = "no run of a control"
