@@ -416,7 +416,7 @@ def train_quadrants(monkeypatch, runs_dir, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("activation", "layer_norm"), [("relu", "channels"), ("tanh-lan", "map")])
+@pytest.mark.parametrize(("activation", "layer_norm"), [("tanh-lan", "map")])
 def test_training_learns(monkeypatch, runs_dir, activation, layer_norm):
     """2.5 is random, 10 is perfect. Would catch: returns of other rows, a sign, a policy that never moves."""
     _, events = train_quadrants(monkeypatch, runs_dir, activation=activation, layer_norm=layer_norm)

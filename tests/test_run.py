@@ -168,7 +168,7 @@ def undisturbed(once):
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", ["dqn", "ppo-async", "pqn-sync", "pqn-async"])
+@pytest.mark.parametrize("name", ["dqn", "ppo-async", "pqn-async"])
 def test_a_run_killed_twelve_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
     """SIGKILL and SIGTERM at random moments, from before the first checkpoint on, then to the end undisturbed.
     Would catch: any state that a checkpoint forgets, a point logged twice, a half-written file taken for whole."""
