@@ -1,6 +1,7 @@
 """The facts of the study, said once: games, activations, the runs of each figure, how a run is named. No torch."""
 
 import csv
+import functools
 import re
 import zlib
 from collections.abc import Mapping
@@ -46,16 +47,17 @@ class Published(NamedTuple):
         return self.source.split()[0].rstrip(",")
 
 
-def read_published_scores() -> list[Published]:
+@functools.cache
+def read_published_scores() -> tuple[Published, ...]:
     """All that are known, each after FULL_LENGTH agent steps, as their sources have them."""
     with open(PUBLISHED_SCORES, newline="") as file:
-        return [
+        return tuple(
             Published(
                 *(row["algorithm"], row["game"], float(row["mean"]), float(row["deviation"])),
                 *(row["deviation_over"], row["source"]),
             )
             for row in csv.DictReader(file)
-        ]
+        )
 
 
 class Style(NamedTuple):

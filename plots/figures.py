@@ -21,7 +21,7 @@ from scipy import stats
 from lan_utils import files, study
 from lan_utils.study import RUNS_OF_FIGURES
 from plots.events import LAYERS as OF_LAYERS
-from plots.results import MOSTLY_CONSTANT, Results, equally_long, layers_of
+from plots.results import MOSTLY_CONSTANT, Results, equally_long, in_study_order, layers_of
 from plots.statistics import LAST_GAMES, ByGame, Curves, curve_of_each_seed, line_and_band, normalized
 
 DEAD_THRESHOLD = 20.0  # omega of Appendix B.1
@@ -337,11 +337,9 @@ def draw_algorithms(results: Results, plot: Plot) -> Drawing:
         return None, ["no game of several algorithms"]
     drawn = results.drawn[results.drawn["game"].isin(common)]
     several = drawn.groupby("activation")["algorithm"].nunique() > 1
-    found = set(several[several].index)
-    if not found:
+    shown = in_study_order(several[several].index)
+    if not shown:
         return None, ["no activation of several algorithms"]
-    shown = [name for name in study.ACTIVATIONS if name in found]
-    shown += sorted(found - set(shown))
     size = max(3.4, 2.3 * len(algorithms)), 0.5 + 2.1 * len(common)
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(len(common), len(algorithms), squeeze=False, sharex=True, sharey="row")

@@ -338,21 +338,21 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
 
 def published_table(results: Results, runs: Sequence[RecordedRun]) -> Table | None:
     """ReLU's scores after a full-length training beside what others report; None where there is no such run."""
-    ours: dict[tuple[str, str], list[RecordedRun]] = {}
-    for run in runs:
-        full = run.finished and not run.left_out and equally_long(run.agent_steps, study.FULL_LENGTH)
-        if (
-            full
-            and run.activation == "relu"
-            and run.seed in results.final_values(run.algorithm, "relu", "final_return").get(run.game, {})
-        ):
-            ours.setdefault((run.algorithm, run.game), []).append(run)
+    full = [
+        run
+        for run in runs
+        if run.activation == "relu"
+        and run.finished
+        and not run.left_out
+        and equally_long(run.agent_steps, study.FULL_LENGTH)
+    ]
     rows = []
     for other in study.read_published_scores():
-        found = ours.get((other.algorithm, other.game), [])
+        finals = results.final_values(other.algorithm, "relu", "final_return").get(other.game, {})
+        ours = [run for run in full if (run.algorithm, run.game) == (other.algorithm, other.game)]
+        found = [run for run in ours if run.seed in finals]
         if not found:
             continue
-        finals = results.final_values(other.algorithm, "relu", "final_return")[other.game]
         scores = {run.seed: finals[run.seed] for run in found}
         differs = []
         for flag, value in sorted(study.FLAGS_OF_PUBLISHED.get(other.algorithm, {}).items()):

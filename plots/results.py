@@ -192,8 +192,12 @@ def algorithms_of(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def activations_of(runs: Sequence[RecordedRun]) -> list[str]:
-    """Those of the study first, then what the plots have never heard of."""
-    found = {run.activation for run in runs}
+    return in_study_order(run.activation for run in runs)
+
+
+def in_study_order(activations: Iterable[str]) -> list[str]:
+    """Each once: those of the study first, then what the plots have never heard of."""
+    found = set(activations)
     return [name for name in study.ACTIVATIONS if name in found] + sorted(found - set(study.ACTIVATIONS))
 
 
