@@ -292,7 +292,8 @@ def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
         for flag in sorted({flag for run in drawn for flag in run.flags} - harmless):
             values = defaultdict(list)
             for run in drawn:
-                values[json.dumps(run.flags.get(flag))].append(run.name)
+                value = json.dumps(run.flags[flag]) if flag in run.flags else "not recorded"  # an older script's run
+                values[value].append(run.name)
             if len(values) > 1:
                 ranked = sorted(values.items(), key=lambda item: -len(item[1]))
                 which = "; ".join(

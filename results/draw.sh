@@ -16,6 +16,6 @@ draw() {
 draw study
 draw pqn --only algorithms study_pqn layers tables
 draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
-draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo study_ppo layers_ppo tables
+draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
 draw full --allow-unfinished
 exit "$failed"

@@ -291,7 +291,7 @@ def test_dead_workers_are_one_line_and_closing_needs_none(workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders", "Qbert"])
+@pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders"])
 def test_ale_games_end_where_ale_says_that_games_end(game):
     """The oracle: the same games without `life_loss_info`, whose terminations are real ends.
 

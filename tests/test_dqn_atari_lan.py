@@ -334,7 +334,7 @@ def random_batch(generator):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "loss_tolerance", "gradient_tolerance"),
-    [("amp", 1e-2, 5e-2), ("compile", 1e-5, 1e-5), ("amp compile", 1e-2, 5e-2)],
+    [("amp", 1e-2, 5e-2), ("compile", 1e-5, 1e-5)],
 )
 def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_tolerance):
     """The first three updates against float32: losses and the first gradient, relative.
@@ -546,11 +546,12 @@ def test_a_nan_loss_stops_the_run(monkeypatch, runs_dir):
     def diverging(*arguments):
         calls.append(arguments)
         loss, q_values = dqn_td_loss(*arguments)
-        return (loss * float("nan") if len(calls) > 220 else loss), q_values
+        return (loss * float("nan") if len(calls) > 30 else loss), q_values
 
     dqn_td_loss = dqn.td_loss
     monkeypatch.setattr(dqn, "td_loss", diverging)
-    with pytest.raises(RunFailed, match=r"before step 2,000: td_loss nan.*last good.*at step 1,000"):
+    monkeypatch.setattr(run, "LOG_FREQUENCY", 300)
+    with pytest.raises(RunFailed, match=r"before step 600: td_loss nan.*last good.*at step 300"):
         train_quadrants(monkeypatch, runs_dir, metrics_frequency=0)
     (folder,) = runs_dir.iterdir()
     assert not (folder / "model.pt").exists()

@@ -19,7 +19,7 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
         make_run(runs_dir, "dqn", "Pong", "tanh", seed, finished=seed != 2, stop=1 if seed != 2 else 0.5)
     make_run(runs_dir, "dqn", "Pong", "sigmoid", 1, agent_steps=50_000)
     make_run(runs_dir, "dqn", "Pong", "relu", 3, exp_name="again")
-    make_run(runs_dir, "dqn", "Breakout", "tanh", 1, learning_rate=3e-4)
+    make_run(runs_dir, "dqn", "Breakout", "tanh", 1, learning_rate=3e-4, new_flag=0.0)
     (make_run(runs_dir, "dqn", "Pong", "selu", 4) / "config.json").write_text("{")
     (runs_dir / "empty").mkdir()
     (runs_dir / "other_program").mkdir()
@@ -38,6 +38,7 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
         "missing, dqn relu, 1 run(s) that others have: Breakout 1",
         "mixed, dqn runs differ in --learning-rate: 0.0001 in 5 run(s); "
         "0.0003 in 1 run(s) (BreakoutNoFrameskip-v4__dqn_atari_lan__tanh__1)",
+        "mixed, dqn runs differ in --new-flag: not recorded in 5 run(s); 0.0 in 1 run(s) (Breakout",
         "no normalised score, dqn Breakout: no finished ReLU baseline",
     ):
         assert any(line.startswith(expected) for line in messages), (expected, messages)
