@@ -96,6 +96,7 @@ def test_the_games_are_those_of_the_trainings_own_evaluation(finished, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("finished", ["dqn"], indirect=True)
 def test_of_an_unfinished_run_the_newest_whole_checkpoint_plays(finished, capsys):
     """Would catch: the oldest checkpoint, or none; a replay memory that is read, or missed, for nothing; a truncated
     checkpoint that ends it."""

@@ -235,7 +235,7 @@ def random_batch(generator):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "loss_tolerance", "gradient_tolerance"),
-    [("amp", 1e-2, 5e-2), ("compile", 1e-5, 1e-5), ("amp compile", 1e-2, 5e-2)],
+    [("amp", 1e-2, 5e-2), ("amp compile", 1e-2, 5e-2)],
 )
 def test_amp_and_compile_only_round_differently(flags, loss_tolerance, gradient_tolerance):
     """The first three updates against float32: losses and the first gradient, relative.

@@ -415,15 +415,6 @@ def train_quadrants(monkeypatch, runs_dir, **changes):
     return torch.load(folder / "model.pt", weights_only=True), events
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("activation", "layer_norm"), [("tanh-lan", "map")])
-def test_training_learns(monkeypatch, runs_dir, activation, layer_norm):
-    """2.5 is random, 10 is perfect. Would catch: returns of other rows, a sign, a policy that never moves."""
-    _, events = train_quadrants(monkeypatch, runs_dir, activation=activation, layer_norm=layer_norm)
-    last = [score for _, score in events["charts/episodic_return"][-40:]]
-    assert np.mean(last) > 8, last
-
-
 class Chain(gym.Env):
     """Four states, which the picture shows. Action 0 pays 0.3 and ends the game; action 1 goes on, and pays 1 at the
     end of the chain."""
@@ -473,7 +464,7 @@ def test_q_values_converge_to_the_known_optimum(monkeypatch, runs_dir):
 def test_same_seed_same_run_whatever_the_processes_and_plain_pqn_the_same_weights(monkeypatch, tmp_path):
     """Would catch: an unseeded draw, workers that change the order, metrics that use the training's generators, a line
     of the algorithm that is gone when every line with `run.` in it is deleted."""
-    short = {"total_timesteps": 1536, "metrics_frequency": 500}
+    short = {"total_timesteps": 1024, "metrics_frequency": 500}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short, async_envs=True)
     other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", total_timesteps=512, seed=2)
