@@ -210,7 +210,7 @@ def finish_axes(axes: Axes, length: int, quantity: str) -> None:
     elif kind == RANK:
         axes.set_ylim(bottom=0)
         share = axes.secondary_yaxis("right", functions=(lambda rank: rank / WIDTH, lambda share: share * WIDTH))
-        share.set_ylabel("rank / width")
+        share.set_ylabel(f"rank / {WIDTH}")
         share.spines["right"].set_visible(True)
 
 
@@ -717,7 +717,7 @@ STUDY = (
     f"A row for each game; of more than {FEW_GAMES} one row of all, with the return normalised by ReLU's. "
     f"From left to right: mean return of the last {LAST_GAMES} games; dead neurons of z by the paper's kernel density, "
     "which mistakes small activations for dead neurons; constant neurons, by a standard deviation below 0.001; "
-    "effective rank of z minus each neuron's mean, and as a share of its 512 neurons (the paper's, of z as it is: "
+    "effective rank of z minus each neuron's mean, and as a share of 512 (the paper's, of z as it is: "
     "Figures 6b and 8b). "
     f"Up to {FEW_SEEDS} seeds are a thin line each, without a band. {BAND}"
 )
