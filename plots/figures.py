@@ -845,14 +845,14 @@ def figures_of(algorithms: Sequence[str]) -> dict[str, Plot]:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", algorithm)[:60]
         while f"study_{name}" in figures:  # of another algorithm, whose name differs in what no file's name may hold
             name += "-"
-        runs = study.Needed(algorithm)
+        runs, shown = study.Needed(algorithm), algorithm.upper()
         figures[f"study_{name}"] = Plot(
-            draw_study, f"{algorithm}: return, dead neurons, rank. {STUDY}", runs, STUDY_QUANTITIES
+            draw_study, f"{shown}: return, dead neurons, rank. {STUDY}", runs, STUDY_QUANTITIES
         )
-        figures[f"layers_{name}"] = Plot(draw_layers, f"{algorithm}. {WHERE}", runs)
-        figures[f"games_{name}"] = Plot(draw_games, f"{algorithm} in every game. {GAME_SCORE}", runs)
+        figures[f"layers_{name}"] = Plot(draw_layers, f"{shown}. {WHERE}", runs)
+        figures[f"games_{name}"] = Plot(draw_games, f"{shown} in every game. {GAME_SCORE}", runs)
         runs = study.Needed(algorithm, RUNS_OF_FIGURES["controls-dqn"].activations)
-        figures[f"controls_{name}"] = Plot(draw_controls, f"{algorithm}. {CONTROLS}", runs, CONTROL_QUANTITIES)
+        figures[f"controls_{name}"] = Plot(draw_controls, f"{shown}. {CONTROLS}", runs, CONTROL_QUANTITIES)
     return figures
 
 
