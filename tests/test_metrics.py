@@ -59,9 +59,9 @@ def borderline(n):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [512])
-def test_peaks_and_verdicts_are_scipys(width):
+def test_peaks_and_verdicts_are_scipys():
     """Would catch: another bandwidth rule, a maximum over too coarse a grid, an approximation that flips a verdict."""
+    width = 512
     torch.manual_seed(width)
     jittered = adversarial_batch(2048, width)
     jittered = jittered + JITTER * torch.randn(jittered.shape)
