@@ -49,6 +49,7 @@ RUNS = {
     "ppo-async": f"{PPO} {COMMON} --async-envs".split(),
     "dqn-controls": f"""{DQN} {COMMON} --activation layernorm-lan --conv-activation tanh-glu
         --total-timesteps 1100 --train-frequency 45""".split(),
+    "pqn-sync": f"{PQN} {COMMON} --no-async-envs".split(),  # what pqn-async must equal
     "pqn-async": f"{PQN} {COMMON} --async-envs".split(),  # several games in each worker
 }
 
