@@ -454,10 +454,10 @@ def train_quadrants(monkeypatch, runs_dir, **changes):
 
 @pytest.fixture
 def trained(monkeypatch, once):
-    """The runs folder and the events of a run of 3,100 steps, trained once."""
+    """The runs folder and the events of a run of 2,100 steps, trained once."""
 
     def get(activation):
-        make = lambda runs_dir: train_quadrants(monkeypatch, runs_dir, activation=activation, total_timesteps=3100)  # noqa: E731
+        make = lambda runs_dir: train_quadrants(monkeypatch, runs_dir, activation=activation, total_timesteps=2100)  # noqa: E731
         runs_dir = once(f"dqn-{activation}", make)
         (folder,) = runs_dir.iterdir()
         events = read_events(folder)
@@ -481,7 +481,7 @@ def test_same_seed_same_run_other_seed_other_run_and_plain_dqn_the_same_weights(
     """Would catch: an unseeded draw; metrics, logs or checkpoints that draw from the training's generators or leave
     gradients; a line of the algorithm that is gone when every line with `run.` in it is deleted."""
     monkeypatch.setattr(run, "LOG_FREQUENCY", 300)
-    short = {"total_timesteps": 700, "exploration_fraction": 220 / 700, "metrics_frequency": 300}
+    short = {"total_timesteps": 500, "exploration_fraction": 220 / 500, "metrics_frequency": 300}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short)
     # The first 300 steps with the same schedule.
@@ -523,11 +523,11 @@ def test_tags_steps_and_files_of_a_run(trained):
     }
     representation |= LAYER_TAGS
     assert set(events) == every_thousand | representation | {"charts/episodic_return", "charts/episodic_length"}
-    assert all([step for step, _ in events[tag]] == [1000, 2000, 3000] for tag in every_thousand)
-    assert all([step for step, _ in events[tag]] == [1000, 2000, 3000, 3100] for tag in representation)
-    assert events["charts/episodic_length"] == [(10 * n, 10.0) for n in range(1, 311)]
+    assert all([step for step, _ in events[tag]] == [1000, 2000] for tag in every_thousand)
+    assert all([step for step, _ in events[tag]] == [1000, 2000, 2100] for tag in representation)
+    assert events["charts/episodic_length"] == [(10 * n, 10.0) for n in range(1, 211)]
     epsilons = [value for _, value in events["charts/epsilon"]]
-    assert epsilons == pytest.approx([1 - 0.9 * 999 / 1550, 0.1, 0.1])
+    assert epsilons == pytest.approx([1 - 0.9 * 999 / 1050, 0.1])
     sample = np.load(folder / "activations.npz")
     assert {name: sample[name].shape for name in sample} == dict.fromkeys(("z", "z_enc", "z_star"), (512, 512))
     np.testing.assert_allclose(sample["z"], sample["z_enc"] * sample["z_star"], atol=1e-6)
@@ -535,7 +535,7 @@ def test_tags_steps_and_files_of_a_run(trained):
         *(".lock", "activations.npz", "config.json", "model.pt", "status.json")
     ]
     status = json.loads((folder / "status.json").read_text())
-    assert (status["state"], status["step"], status["total_timesteps"]) == ("finished", 3100, 3100)
+    assert (status["state"], status["step"], status["total_timesteps"]) == ("finished", 2100, 2100)
 
 
 @pytest.mark.slow

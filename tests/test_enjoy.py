@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import enjoy
 
 # Space Invaders: a barely trained agent scores too, each game something else.
-GAMES = 3
+GAMES = 2
 FLAGS = {
     "dqn": ("--total-timesteps", 300, "--learning-starts", 100, "--buffer-size", 300),
     "ppo": ("--total-timesteps", 256, "--num-envs", 2, "--num-steps", 64, "--no-async-envs"),
@@ -38,7 +38,7 @@ def train(algorithm, runs_dir, *flags):
 
 @pytest.fixture(params=["dqn", "ppo", "pqn"])
 def finished(request, once, tmp_path):
-    """A copy of a finished run that has played three games in the end."""
+    """A copy of a finished run that has played two games in the end."""
     trained = once(f"enjoy_{request.param}", lambda folder: train(request.param, folder, "--eval-episodes", GAMES))
     return shutil.copytree(next(trained.iterdir()), tmp_path / "run")
 

@@ -50,10 +50,7 @@ def run(words, folder, **environment):
     }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("plot_results", "diagrams")]
-
-
-@pytest.mark.parametrize("what", ["compare", "experiment", *SLOW])
+@pytest.mark.parametrize("what", ["compare", "experiment", pytest.param("plot_results", marks=pytest.mark.slow)])
 def test_files_are_the_same_in_any_environment(tmp_path, runs_dir, what):
     """Would catch: a notebook's MPLBACKEND that ends the program, TeX that is not installed, ReLU's black line on a
     black ground, tables in the locale's encoding, an order that depends on the hashes of strings."""
@@ -61,7 +58,6 @@ def test_files_are_the_same_in_any_environment(tmp_path, runs_dir, what):
     words = {
         "plot_results": ["plot_results.py", "--runs-dir", runs_dir, "--out-dir", "OUT", *PLOTS],
         "compare": ["scripts/compare.py", relu, tanh, "--out", "OUT/compare.png"],
-        "diagrams": ["experiments/diagrams.py", "--out-dir", "OUT"],
         "experiment": ["-c", EXPERIMENT, "--out-dir", "OUT"],
     }[what]
     (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)

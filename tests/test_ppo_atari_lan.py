@@ -388,7 +388,7 @@ def test_truncation_bootstraps_from_the_true_last_observation(monkeypatch, runs_
 
 def quadrant_flags(runs_dir, **changes):
     return {
-        "activation": "tanh-lan", "total_timesteps": 5120, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
+        "activation": "tanh-lan", "total_timesteps": 4096, "num_steps": 64, "num_envs": 8, "gamma": 0.5,
         "learning_rate": 1e-3, "async_envs": False, "metrics_frequency": 2000, "metrics_samples": 600,
         "checkpoint_frequency": 0, "runs_dir": str(runs_dir),
     } | changes  # fmt: skip
@@ -417,7 +417,7 @@ def test_training_learns(monkeypatch, runs_dir, activation):
 def test_same_seed_same_run_whatever_the_processes_and_plain_ppo_the_same_weights(monkeypatch, tmp_path):
     """Would catch: an unseeded draw, workers that change the order, metrics that use the training's generators, a line
     of the algorithm that is gone when every line with `run.` in it is deleted."""
-    short = {"total_timesteps": 1536, "metrics_frequency": 500, "update_epochs": 2}
+    short = {"total_timesteps": 1024, "metrics_frequency": 500, "update_epochs": 2}
     weights, events = train_quadrants(monkeypatch, tmp_path / "a", **short)
     same_weights, same_events = train_quadrants(monkeypatch, tmp_path / "b", **short, async_envs=True)
     other_weights, other_events = train_quadrants(monkeypatch, tmp_path / "c", total_timesteps=512, seed=2)

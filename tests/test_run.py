@@ -169,13 +169,13 @@ def undisturbed(once):
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", ["dqn", "ppo-async", "pqn-async"])
-def test_a_run_killed_nine_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
+def test_a_run_killed_six_times_ends_like_one_that_never_was(name, runs_dir, undisturbed):
     """SIGKILL and SIGTERM at random moments, from before the first checkpoint on, then to the end undisturbed.
     Would catch: any state that a checkpoint forgets, a point logged twice, a half-written file taken for whole."""
     expected = undisturbed(name)
     rng = random.Random(name)
     codes = []
-    while len(codes) < 9:
+    while len(codes) < 6:
         before = len(printed(runs_dir))
         process = start(name, runs_dir)
         if len(codes) < 2:  # while it starts, and before there is a checkpoint
@@ -189,9 +189,9 @@ def test_a_run_killed_nine_times_ends_like_one_that_never_was(name, runs_dir, un
     text = printed(runs_dir)
     assert 0 not in codes, codes  # every kill hit an unfinished run
     assert 1 not in codes, text
-    assert codes.count(-signal.SIGKILL) >= 4, codes
-    assert codes.count(128 + signal.SIGTERM) >= 2, codes
-    assert text.count("resumed at") >= 3, text
+    assert codes.count(-signal.SIGKILL) >= 3, codes
+    assert codes.count(128 + signal.SIGTERM) >= 1, codes
+    assert text.count("resumed at") >= 2, text
     code, text = run(name, runs_dir)
     assert code == 0, text
     assert_equal(outcome(runs_dir), expected)
