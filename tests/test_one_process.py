@@ -41,6 +41,7 @@ def state_of_the_process():
         "excepthook": threading.excepthook,
         "warnings": list(warnings.filters),
         "threads": torch.get_num_threads(),
+        "flushes denormals": sys.float_info.min / 2 == 0,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warns only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fills": torch.utils.deterministic.fill_uninitialized_memory,

@@ -732,6 +732,29 @@ def test_the_header_says_what_is_about_to_happen(tmp_path, capsys):
     assert lines[4:] == ["  agent steps 9,999,360"]
 
 
+def test_a_dead_neurons_moments_become_zero_and_its_weights_stay_equal():
+    """Without a gradient Adam's first moment falls to the smallest denormal number and stays there, and every update is
+    a dozen times slower. Would catch: a run that computes with such numbers; one that leaves them on or off."""
+    weights, moments = [], []
+
+    def train(in_a_run):
+        if in_a_run:
+            run_module.set_up(dqn.Args())
+        weight = torch.nn.Parameter(torch.ones(64))
+        optimizer = torch.optim.Adam([weight], fused=True)
+        for step in range(1100):
+            weight.grad = torch.full((64,), float(step < 10))
+            optimizer.step()
+        weights.append(weight.detach())
+        moments.append(optimizer.state[weight]["exp_avg"].max().item())
+
+    for in_a_run in (False, True, False):
+        run_module.leaves_no_trace(train)(in_a_run)
+    assert 0 < moments[0] == moments[2] < torch.finfo(torch.float32).tiny
+    assert moments[1] == 0
+    assert torch.equal(weights[0], weights[1])
+
+
 def test_torch_takes_no_more_threads_than_a_quota_has_cores_for(monkeypatch):
     """Would catch: 64 threads that share the time of two cores; a number that somebody chose, overruled."""
     taken = []
@@ -746,6 +769,7 @@ def test_torch_takes_no_more_threads_than_a_quota_has_cores_for(monkeypatch):
     run_module.set_up(dqn.Args(num_threads=3))
     assert taken == [2, 3]
     torch.use_deterministic_algorithms(False)
+    torch.set_flush_denormal(False)
 
 
 def test_what_is_due_when_turns_are_many_steps_long(tmp_path):
