@@ -114,7 +114,7 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
         torch.set_num_threads(args.num_threads)
     elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # torch does not know a container's quota
-    # Adam's moments of a dead neuron decay into denormal numbers, with which a CPU is some ten times slower.
+    # Adam's moments of a dead neuron decay into denormal numbers, which slow a CPU (docs/speed.md).
     torch.set_flush_denormal(True)
     precision = "tf32" if args.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision

@@ -734,7 +734,7 @@ def test_the_header_says_what_is_about_to_happen(tmp_path, capsys):
 
 def test_a_dead_neurons_moments_become_zero_and_its_weights_stay_equal():
     """Without a gradient Adam's first moment falls to the smallest denormal number and stays there, and every update is
-    a dozen times slower. Would catch: a run that computes with such numbers; one that leaves them on or off."""
+    much slower. Would catch: a run that computes with such numbers; one that leaves them on or off."""
     weights, moments = [], []
 
     def train(in_a_run):
@@ -762,14 +762,13 @@ def test_torch_takes_no_more_threads_than_a_quota_has_cores_for(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(run_module, "usable_cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    run_module.set_up(dqn.Args())
-    assert taken == []
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    run_module.set_up(dqn.Args())
-    run_module.set_up(dqn.Args(num_threads=3))
-    assert taken == [2, 3]
-    torch.use_deterministic_algorithms(False)
-    torch.set_flush_denormal(False)
+    with run_module._process_as_before():
+        run_module.set_up(dqn.Args())
+        assert taken == []
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        run_module.set_up(dqn.Args())
+        run_module.set_up(dqn.Args(num_threads=3))
+        assert taken == [2, 3]
 
 
 def test_what_is_due_when_turns_are_many_steps_long(tmp_path):
