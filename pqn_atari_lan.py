@@ -31,7 +31,7 @@ from lan_utils.checkpoint import LoopState
 from lan_utils.checks import check_flags, check_memory, cuda_memory, refuse_unless, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
-from lan_utils.machine import usable_cores
+from lan_utils.machine import share_of_cores
 from lan_utils.replay import RolloutMemory
 from lan_utils.run import Run, leaves_no_trace, set_up
 
@@ -138,8 +138,8 @@ class Args(RunArgs):
     """norm to which the gradient is clipped (official)"""
     env_backend: Literal["gymnasium", "ale"] = "gymnasium"
     """ale: ale-py's games in C++, faster, with a few differences (docs/runs.md) and no checkpoints"""
-    async_envs: bool = field(default_factory=lambda: usable_cores() > 2)
-    """step the environments in worker processes; by default where there are more than two CPU cores"""
+    async_envs: bool = field(default_factory=lambda: share_of_cores() > 2)
+    """step the environments in worker processes; by default where this run has more than two CPU cores"""
 
 
 # ------------------------------------------------------------------------------------------ environment

@@ -253,13 +253,14 @@ def _array(value: Any) -> Any:
 
 def _make_worker_games(make_game: Callable[[], gym.Env], count: int, parent: int) -> GamesOfAWorker:
     """In a worker, ignore signals: they reach the whole process group, and the parent decides when to stop."""
-    if os.getpid() != parent:  # gymnasium makes one in the parent too, to see its spaces
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
-        with contextlib.suppress(AttributeError):  # a notebook's stdout
-            sys.stdout.reconfigure(line_buffering=True)  # closing kills the worker: write what a game prints at once
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
+    if os.getpid() == parent:  # gymnasium calls this in the parent too, to see the spaces: one game has them
+        return GamesOfAWorker([make_game()] * count)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # a notebook's stdout
+        sys.stdout.reconfigure(line_buffering=True)  # closing kills the worker: write what a game prints at once
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: workers die with a killed parent
     return GamesOfAWorker([make_game() for _ in range(count)])
 
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def usable_cores() -> int:
                 if quota > 0:
                     cores = min(cores, max(1, quota // period))
     return cores
+
+
+def share_of_cores() -> int:
+    """CPU cores for this run: those of `usable_cores` that OMP_NUM_THREADS leaves it, as a sweep sets it for each."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return min(usable_cores(), int(threads)) if re.fullmatch("[1-9][0-9]*", threads) else usable_cores()
 
 
 if __name__ == "__main__":

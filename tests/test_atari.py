@@ -211,6 +211,16 @@ def test_workers_have_equally_many_games(monkeypatch):
     assert atari.even_workers(7) == 7
 
 
+def test_the_parent_makes_one_game_to_see_the_spaces():
+    """Would catch: PQN's 128 games made twice, half of them in the training's own process and for nothing."""
+    made = []
+    games = atari.VectorGames(lambda: made.append(1) or make_quadrants(""), 6, async_envs=True, workers=2)
+    assert len(made) == 1
+    stacks, _ = games.reset(seed=1)
+    assert stacks.shape[0] == games.num_envs == 6
+    games.close()
+
+
 # Where the games that were saved are played, and where those that continue: in how many workers; 0: in this process.
 @pytest.mark.parametrize(("workers", "other_workers"), [(0, 0), (4, 4), (2, 0), (4, 2)])
 def test_games_side_by_side_continue_from_their_states(tmp_path, workers, other_workers):

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import ppo_atari_lan as ppo
+import pqn_atari_lan as pqn
 from lan_utils import machine
 
 GB = 10**9
@@ -94,6 +96,19 @@ def test_cores_under_a_quota(groups, own, files, cores):
     """Would catch: 64 threads, or runs, that share the time of two cores."""
     groups(own, files)
     assert machine.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores"), [(None, 4), ("1", 1), ("3", 3), ("64", 4), ("0", 4), ("2,1", 4), ("", 4)]
+)
+def test_a_runs_share_of_the_cores(monkeypatch, groups, threads, cores):
+    """Would catch: a sweep of 16 runs on 16 cores that starts 8 workers for each."""
+    groups("0::/job\n", {"job/cpu.max": "400000 100000"})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert machine.share_of_cores() == cores
+    assert ppo.Args().async_envs == pqn.Args().async_envs == (cores > 2)
 
 
 def test_without_control_groups(groups, tmp_path):
