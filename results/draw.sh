@@ -16,6 +16,9 @@ draw() {
 draw study
 draw pqn --only algorithms study_pqn layers tables
 draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
+.venv/bin/python experiments/layer_deaths.py results/collapse/runs/* \
+    results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__* > results/collapse/deaths.md ||
+    ((failed += 1))
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
 draw full --allow-unfinished
 exit "$failed"
