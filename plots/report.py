@@ -60,12 +60,12 @@ CLAIMS = (
     *(
         (quantity, first, ">", second, END)
         for quantity in ("dead_neurons", "std_dead_neurons", "dead_neurons_scaled", "dormant_neurons")
-        for first, second in (("relu", "tanh"), ("tanh", "tanh-lan"))
+        for first, second in (("relu", "tanh"), ("tanh", "tanh-lan"), ("relu", "tanh-lan"))
     ),
     *(
         (quantity, first, ">", second, when)
         for quantity in ("effective_rank", "effective_rank_centred")
-        for first, second in (("tanh-lan", "tanh"), ("tanh", "relu"))
+        for first, second in (("tanh-lan", "tanh"), ("tanh", "relu"), ("tanh-lan", "relu"))
         for when in (END, MEAN)
     ),
     # "Saturates more slowly".

@@ -198,6 +198,21 @@ def test_saturates_more_slowly_is_a_mean_over_training():
     assert rank["difference"] == pytest.approx(40 * 0.75, rel=1e-3)
 
 
+def test_a_lan_is_compared_with_relu_too():
+    """Its rank is 10 and 20 lower, and 0.2 and 0.3 fewer of its neurons are constant. Would catch: a reader who learns
+    of a LaN beside tanh, but not beside what everybody uses."""
+    runs = []
+    for seed in (1, 2):
+        relu = {"effective_rank": 300.0 + seed, "std_dead_neurons": 0.5}
+        lan = {"effective_rank": 300.0 - 9 * seed, "std_dead_neurons": 0.4 - 0.1 * seed}
+        runs += [("dqn", "Pong", "relu", seed, relu, {}), ("dqn", "Pong", "tanh-lan", seed, lan, {})]
+    claims = report.make_claims(make_results(runs))
+    rank = claim(claims, claim="tanh-lan > relu", quantity="effective_rank", when="end")
+    assert rank["difference"] == pytest.approx(-15)
+    constant = claim(claims, claim="relu > tanh-lan", quantity="std_dead_neurons")
+    assert (constant["difference"], constant["pairs"]) == (pytest.approx(0.25), 2)
+
+
 def test_returns_are_claimed_over_all_games_and_in_each():
     """Tanh ends at 0.1 and 0.2, so that its LaN is above it by 0.4 and 0.3; in Qbert's points, times a thousand.
 
