@@ -48,6 +48,9 @@ ROWS: dict[str, tuple[Callable[[float], str], bool]] = {
     "conv3 constant, 1,000 steps later": (percent, True),
     "conv3 constant, most": (percent, True),
     "conv3 constant, at the end": (percent, True),
+    "conv3 always zero, before the first update": (percent, True),
+    "conv3 always zero, 1,000 steps later": (percent, True),
+    "conv3 always zero, most": (percent, True),
     "conv2 constant, most": (percent, True),
     "conv1 constant, most": (percent, True),
     "z constant, at the end": (percent, True),
@@ -56,7 +59,7 @@ ROWS: dict[str, tuple[Callable[[float], str], bool]] = {
     "centred rank, 1,000 steps later": (whole, True),
     "centred rank, lowest": (whole, True),
     "centred rank, at the end": (whole, True),
-    "conv3, channels without a gradient, early": (percent, True),
+    "conv3, channels with hardly a gradient, early": (percent, True),
     "gradient norm of conv3, early": ("{:.1g}".format, False),
     "gradient norm of conv1, early": ("{:.1g}".format, False),
     "return": ("{:.1f}".format, True),
@@ -86,12 +89,13 @@ def describe(points: dict[str, Points], first_update: int) -> dict[str, float]:
     def early(tag: str) -> float:
         return over(tag, np.median, first_update + EARLY)
 
-    conv3, z = "layers/conv3/constant", "representation/std_dead_neurons"
+    conv3, zero, z = "layers/conv3/constant", "layers/conv3/zero", "representation/std_dead_neurons"
     awake = points[z]["step"][(points[z]["step"] > first_update) & (points[z]["value"] < 0.5)]
     next_rank = at(RANK, first_update + 1000)
     lowest_rank = np.nan if np.isnan(next_rank) else over(RANK, np.min)  # measured more rarely, it may be missed
     numbers = (
         *(at(conv3, first_update), at(conv3, first_update + 1000), over(conv3, np.max), end(conv3)),
+        *(at(zero, first_update), at(zero, first_update + 1000), over(zero, np.max)),
         *(over("layers/conv2/constant", np.max), over("layers/conv1/constant", np.max)),
         *(end(z), awake[0] if len(awake) else np.nan),
         *(at(RANK, first_update), next_rank, lowest_rank, end(RANK)),
@@ -150,7 +154,8 @@ def main(args: Args) -> None:
         values = [group[seed][row] for seed in sorted(group)]
         return ", ".join("-" if np.isnan(value) else ROWS[row][0](value) for value in values)
 
-    print("Seeds in ascending order. Early: the median of the first 10,000 agent steps of learning.\n")
+    print("Seeds in ascending order. Constant: standard deviation below 0.001. Early: median of the first 10,000 agent")
+    print("steps of learning. Hardly a gradient: at most 0.025 of the layer's mean.\n")
     print(markdown(["", *groups], [[row, *(cell(group, row) for group in groups.values())] for row in ROWS]))
     pairs = comparisons(groups)
     differences = {title: [compare(groups[a], groups[b], row) for row in ROWS] for title, (a, b) in pairs.items()}

@@ -15,7 +15,8 @@ def make_run(runs_dir, activation, seed, double_q, algorithm="dqn", every=1000, 
     flags |= {"learning_starts": 10_000, "exp_name": "any"}
     (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, "args": flags}))
     tags = {
-        "conv3": "layers/conv3/constant", "conv2": "layers/conv2/constant", "conv1": "layers/conv1/constant",
+        "conv3": "layers/conv3/constant", "zero": "layers/conv3/zero",
+        "conv2": "layers/conv2/constant", "conv1": "layers/conv1/constant",
         "no_gradient": "layers/conv3/no_gradient", "norm3": "layers/conv3/grad_norm", "norm1": "layers/conv1/grad_norm",
         "z": "representation/std_dead_neurons", "rank": "representation/effective_rank_centred",
     }  # fmt: skip
@@ -43,6 +44,7 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
     """Would catch: a measurement before learning taken for the worst one, games of the beginning in the return, seeds
     that are paired crosswise, a share that is written as a fraction."""
     rest = {
+        "zero": [0.6, 0.1, 0.3],
         "conv2": [0.9, 0.1, 0.2, 0.1],
         "conv1": [0, 0, 0, 0],
         "no_gradient": [0.5, 0.7, 0.6],
@@ -76,6 +78,9 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "conv3 constant, 1,000 steps later": "50 %, 70 %",
         "conv3 constant, most": "100 %, 80 %",
         "conv3 constant, at the end": "25 %, 80 %",
+        "conv3 always zero, before the first update": "60 %, 60 %",
+        "conv3 always zero, 1,000 steps later": "10 %, 10 %",
+        "conv3 always zero, most": "30 %, 30 %",
         "conv2 constant, most": "20 %, 20 %",
         "conv1 constant, most": "0 %, 0 %",
         "z constant, at the end": "40 %, 100 %",
@@ -84,7 +89,7 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "centred rank, 1,000 steps later": "300, 200",
         "centred rank, lowest": "20, 10",
         "centred rank, at the end": "400, 10",
-        "conv3, channels without a gradient, early": "65 %, 65 %",
+        "conv3, channels with hardly a gradient, early": "65 %, 65 %",
         "gradient norm of conv3, early": "0.03, 0.03",
         "gradient norm of conv1, early": "4e-06, 4e-06",
         "return": "2.0, 4.0",
