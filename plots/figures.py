@@ -109,7 +109,7 @@ def shown_activations(results: Results, plot: Plot) -> list[str]:
         shown |= {study.split_group(name)[0] for name in found} - activations_of_study(plot.runs.algorithm)
         if plot.draw not in (draw_study, draw_layers):
             shown -= set(study.CONTROLS)
-    others = sorted(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
+    others = in_study_order(name for name in found - set(plot.runs.activations) if study.split_group(name)[0] in shown)
     return [*plot.runs.activations, *others]
 
 

@@ -196,9 +196,14 @@ def activations_of(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def in_study_order(activations: Iterable[str]) -> list[str]:
-    """Each once: those of the study first, then what the plots have never heard of."""
-    found = set(activations)
-    return [name for name in study.ACTIVATIONS if name in found] + sorted(found - set(study.ACTIVATIONS))
+    """Each once: those of the study first, then what the plots have never heard of; then each other experiment's."""
+    places = {name: place for place, name in enumerate(study.ACTIVATIONS)}
+
+    def place(group: str) -> tuple[str, int, str]:
+        activation, exp_name = study.split_group(group)
+        return exp_name, places.get(activation.partition("+conv-")[0], len(places)), activation
+
+    return sorted(set(activations), key=place)
 
 
 # ------------------------------------------------------------------------------------------ select runs

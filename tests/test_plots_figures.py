@@ -236,8 +236,8 @@ def test_controls_are_in_the_projects_figures_and_not_in_the_papers(tmp_path, ru
     make_run(runs_dir, "ppo", "Pong", "gelu", 1, conv_activation="tanh")
     read = read_study(runs_dir, tmp_path)
     more = {name: figures.shown_activations(read, plot)[4:] for name, plot in figures.FIGURES.items() if "ppo" in name}
-    assert more["study_ppo"] == more["layers_ppo"] == ["gelu", "gelu+conv-tanh", "layernorm"]
-    assert more["fig08a_ppo_normalized"] == more["fig17_ppo_games"] == ["gelu+conv-tanh", "layernorm"]
+    assert more["study_ppo"] == more["layers_ppo"] == ["layernorm", "gelu", "gelu+conv-tanh"]
+    assert more["fig08a_ppo_normalized"] == more["fig17_ppo_games"] == ["layernorm", "gelu+conv-tanh"]
     assert "gelu+conv-tanh" not in figures.activations_of_study("ppo")
 
 

@@ -410,3 +410,9 @@ def test_the_layer_with_most_constant_units(shares, found):
     """Would catch: z named, the uppermost of two equal ones, an error on an old run."""
     finals = {f"layers/{layer}/constant": share for layer, share in shares.items()}
     assert results.most_constant(finals | {"layers/z/dormant": 1.0, "final_return": 9.0}) == found
+
+
+def test_other_experiments_stand_behind_in_the_same_order():
+    """Would catch: a LaN before the tanh that it is compared with, since "-" comes before "@"."""
+    found = results.in_study_order(["tanh-lan@b", "tanh@b", "zelu", "relu@b", "tanh-lan", "tanh", "relu@a", "tanh"])
+    assert found == ["tanh", "tanh-lan", "zelu", "relu@a", "relu@b", "tanh@b", "tanh-lan@b"]
