@@ -1,6 +1,6 @@
 """Which layer of a DQN dies, when, and with which target: what results/collapse/README.md says in numbers.
 
-python experiments/layer_deaths.py runs/*__dqn_atari_lan__* > deaths.md
+python experiments/layer_deaths.py runs/BreakoutNoFrameskip-v4__dqn_atari_lan__* > deaths.md
 
 Prints two tables in Markdown: the seeds of each activation and target, and the differences between them.
 """
@@ -10,19 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lan_utils.checks import refuse_unless
-from lan_utils.cli import launch
+from lan_utils.cli import BadInput, launch, warn
 from plots.events import RETURN, Points, read_events
 from plots.results import RecordedRun, read_config
 from plots.statistics import Difference, paired_difference
 
-RANK = "representation/effective_rank_centred"
-EARLY = 10_000  # agent steps after the first update
+RANK, Z_CONSTANT = "representation/effective_rank_centred", "representation/std_dead_neurons"
+CONV3, CONV3_ZERO = "layers/conv3/constant", "layers/conv3/zero"
+EVERY, EARLY = 1000, 10_000  # agent steps between measurements, and of the beginning of learning
 Numbers = dict[int, dict[str, float]]  # by seed and row
 
 
@@ -31,7 +32,37 @@ class Args:
     """Compare runs of DQN on one game, layer by layer: with the Double target and with the plain one."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders, with --metrics-frequency 1000 for the layers' first steps"""
+    """finished run folders; those measured more rarely than every 1,000 steps have only what does not depend on it"""
+
+
+class Measured(NamedTuple):
+    """A run's points by tag, and the agent step from which on it learned. What it has not measured is NaN."""
+
+    points: dict[str, Points]
+    start: int
+
+    def over(self, tag: str, statistic: Callable[[np.ndarray], float], first: float, last: float = np.inf) -> float:
+        points = self.points.get(tag, self.points[RANK][:0])
+        values = points["value"][(points["step"] >= first) & (points["step"] <= last)]
+        return float(statistic(values)) if len(values) else np.nan
+
+    def at(self, tag: str, since_start: int) -> float:
+        return self.over(tag, np.max, self.start + since_start, self.start + since_start)
+
+    def end(self, tag: str) -> float:
+        return self.over(tag, lambda values: values[-1], 0)
+
+    def learning(self, tag: str, statistic: Callable[[np.ndarray], float], length: float = np.inf) -> float:
+        often = not np.isnan(self.at(RANK, EVERY))  # more rarely, the extremes may be missed
+        return self.over(tag, statistic, self.start + 1, self.start + length) if often else np.nan
+
+    def early(self, tag: str) -> float:
+        return self.learning(tag, np.median, EARLY)
+
+    def awake_from(self) -> float:
+        z = self.points[Z_CONSTANT]
+        steps = z["step"][(z["step"] > self.start) & (z["value"] < 0.5)]
+        return float(steps[0]) if len(steps) else np.nan
 
 
 def percent(value: float) -> str:
@@ -42,67 +73,61 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-# Each row, how it is written, and whether its differences are.
-ROWS: dict[str, tuple[Callable[[float], str], bool]] = {
-    "conv3 constant, before the first update": (percent, True),
-    "conv3 constant, 1,000 steps later": (percent, True),
-    "conv3 constant, most": (percent, True),
-    "conv3 constant, at the end": (percent, True),
-    "conv3 always zero, before the first update": (percent, True),
-    "conv3 always zero, 1,000 steps later": (percent, True),
-    "conv3 always zero, most": (percent, True),
-    "conv2 constant, most": (percent, True),
-    "conv1 constant, most": (percent, True),
-    "z constant, at the end": (percent, True),
-    "z less than half constant from step": (whole, False),
-    "centred rank, before the first update": (whole, True),
-    "centred rank, 1,000 steps later": (whole, True),
-    "centred rank, lowest": (whole, True),
-    "centred rank, at the end": (whole, True),
-    "conv3, channels with hardly a gradient, early": (percent, True),
-    "gradient norm of conv3, early": ("{:.1g}".format, False),
-    "gradient norm of conv1, early": ("{:.1g}".format, False),
-    "return": ("{:.1f}".format, True),
+# How each row is written, and what it is.
+ROWS: dict[str, tuple[Callable[[float], str], Callable[[Measured], float]]] = {
+    "conv3 constant, before the first update": (percent, lambda run: run.at(CONV3, 0)),
+    "conv3 constant, 1,000 steps later": (percent, lambda run: run.at(CONV3, EVERY)),
+    "conv3 constant, most": (percent, lambda run: run.learning(CONV3, np.max)),
+    "conv3 constant, at the end": (percent, lambda run: run.end(CONV3)),
+    "conv3 always zero, before the first update": (percent, lambda run: run.at(CONV3_ZERO, 0)),
+    "conv3 always zero, 1,000 steps later": (percent, lambda run: run.at(CONV3_ZERO, EVERY)),
+    "conv3 always zero, most": (percent, lambda run: run.learning(CONV3_ZERO, np.max)),
+    "conv2 constant, most": (percent, lambda run: run.learning("layers/conv2/constant", np.max)),
+    "conv1 constant, most": (percent, lambda run: run.learning("layers/conv1/constant", np.max)),
+    "z constant, at the end": (percent, lambda run: run.end(Z_CONSTANT)),
+    "z less than half constant from step": (whole, Measured.awake_from),
+    "centred rank, before the first update": (whole, lambda run: run.at(RANK, 0)),
+    "centred rank, 1,000 steps later": (whole, lambda run: run.at(RANK, EVERY)),
+    "centred rank, lowest": (whole, lambda run: run.learning(RANK, np.min)),
+    "centred rank, at the end": (whole, lambda run: run.end(RANK)),
+    "conv3, channels with hardly a gradient, early": (percent, lambda run: run.early("layers/conv3/no_gradient")),
+    "gradient norm of conv3, 1,000 steps later": ("{:.1g}".format, lambda run: run.at("layers/conv3/grad_norm", EVERY)),
+    "gradient norm of conv3, early": ("{:.1g}".format, lambda run: run.early("layers/conv3/grad_norm")),
+    "gradient norm of conv1, 1,000 steps later": ("{:.1g}".format, lambda run: run.at("layers/conv1/grad_norm", EVERY)),
+    "gradient norm of conv1, early": ("{:.1g}".format, lambda run: run.early("layers/conv1/grad_norm")),
+    "return": ("{:.1f}".format, lambda run: float(np.mean(run.points[RETURN]["value"][-100:]))),
 }
+COMPARED = [row for row in ROWS if "norm" not in row and "step" not in row.split()]  # norms differ by powers of ten
 
 
-def describe(points: dict[str, Points], first_update: int) -> dict[str, float]:
-    """The numbers of one run by their row; NaN where the run has no such measurement.
+def read_runs(folders: tuple[Path, ...]) -> dict[str, Numbers]:
+    """The numbers of each group, e.g. "tanh, Double".
 
-    Args:
-        points: by tag, as a run logs them.
-        first_update: agent step.
+    Raises:
+        BadInput: not finished runs of DQN on one game and of one length, a seed twice, or nothing measured.
     """
-
-    def at(tag: str, step: int) -> float:
-        values = points[tag]["value"][points[tag]["step"] == step] if tag in points else []
-        return float(values[0]) if len(values) else np.nan
-
-    def over(tag: str, statistic: Callable, last: float = np.inf) -> float:
-        steps = points[tag]["step"] if tag in points else np.zeros(0)
-        learning = (steps > first_update) & (steps <= last)
-        return float(statistic(points[tag]["value"][learning])) if learning.any() else np.nan
-
-    def end(tag: str) -> float:
-        return float(points[tag]["value"][-1]) if tag in points else np.nan
-
-    def early(tag: str) -> float:
-        return over(tag, np.median, first_update + EARLY)
-
-    conv3, zero, z = "layers/conv3/constant", "layers/conv3/zero", "representation/std_dead_neurons"
-    awake = points[z]["step"][(points[z]["step"] > first_update) & (points[z]["value"] < 0.5)]
-    next_rank = at(RANK, first_update + 1000)
-    lowest_rank = np.nan if np.isnan(next_rank) else over(RANK, np.min)  # measured more rarely, it may be missed
-    numbers = (
-        *(at(conv3, first_update), at(conv3, first_update + 1000), over(conv3, np.max), end(conv3)),
-        *(at(zero, first_update), at(zero, first_update + 1000), over(zero, np.max)),
-        *(over("layers/conv2/constant", np.max), over("layers/conv1/constant", np.max)),
-        *(end(z), awake[0] if len(awake) else np.nan),
-        *(at(RANK, first_update), next_rank, lowest_rank, end(RANK)),
-        *(early("layers/conv3/no_gradient"), early("layers/conv3/grad_norm"), early("layers/conv1/grad_norm")),
-        float(np.mean(points[RETURN]["value"][-100:])),
-    )
-    return dict(zip(ROWS, numbers, strict=True))
+    groups: dict[str, Numbers] = defaultdict(dict)
+    kinds = {}
+    for folder in folders:
+        run = read_config(folder)
+        if run is None or run.algorithm != "dqn" or not run.finished:
+            raise BadInput(f"{folder} is no finished run of DQN; name those")
+        kinds[run.game, run.planned_steps, run.flags.get("learning_starts")] = folder
+        points, _, problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
+        for problem in problems:
+            warn(f"{folder}: {problem}")
+        if missing := {RETURN, RANK, Z_CONSTANT} - points.keys():
+            raise BadInput(f"{folder} has no {', '.join(sorted(missing))}; leave it out")
+        group = groups[group_of(run)]
+        if run.seed in group:
+            raise BadInput(f"{folder} is a second run of {group_of(run)}, seed {run.seed}; name one of them")
+        measured = Measured(points, run.flags.get("learning_starts", 0))
+        group[run.seed] = {row: number(measured) for row, (_, number) in ROWS.items()}
+    if len(kinds) > 1:
+        game, steps, start = zip(*kinds, strict=True)
+        what = f"games {game}, agent steps {steps}, --learning-starts {start}"
+        raise BadInput(f"runs of several kinds: {what} ({', '.join(map(str, kinds.values()))}); name those of one")
+    return dict(sorted(groups.items()))
 
 
 def group_of(run: RecordedRun) -> str:
@@ -138,36 +163,22 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main(args: Args) -> None:
-    groups: dict[str, Numbers] = defaultdict(dict)
-    for folder in args.folders:
-        run = read_config(folder)
-        refuse_unless(run is not None and run.algorithm == "dqn", f"{folder} is no run of DQN; name others")
-        points, _, problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
-        refuse_unless({RETURN, RANK} <= points.keys(), f"{folder} has no measurements ({problems}); leave it out")
-        group = groups[group_of(run)]
-        refuse_unless(run.seed not in group, f"{folder} is a second run of {group_of(run)}, seed {run.seed}; name one")
-        group[run.seed] = describe(points, run.flags["learning_starts"])
-
-    groups = dict(sorted(groups.items()))
+    groups = read_runs(args.folders)
 
     def cell(group: Numbers, row: str) -> str:
         values = [group[seed][row] for seed in sorted(group)]
         return ", ".join("-" if np.isnan(value) else ROWS[row][0](value) for value in values)
 
     print("Seeds in ascending order. Constant: standard deviation below 0.001. Early: median of the first 10,000 agent")
-    print("steps of learning. Hardly a gradient: at most 0.025 of the layer's mean.\n")
+    print("steps of learning. Hardly a gradient: at most 0.025 of the layer's mean. A step is as exact as the run's")
+    print("--metrics-frequency.\n")
     print(markdown(["", *groups], [[row, *(cell(group, row) for group in groups.values())] for row in ROWS]))
     pairs = comparisons(groups)
-    differences = {title: [compare(groups[a], groups[b], row) for row in ROWS] for title, (a, b) in pairs.items()}
     print(
         "\nDifferences over pairs of the same seed, with 95 % intervals (Student's t); shares in percentage points.\n"
     )
-    rows = [
-        [row, *(in_points(found[place], row) for found in differences.values())]
-        for place, (row, (_, is_compared)) in enumerate(ROWS.items())
-        if is_compared
-    ]
-    print(markdown(["", *differences], rows))
+    rows = [[row, *(in_points(compare(groups[a], groups[b], row), row) for a, b in pairs.values())] for row in COMPARED]
+    print(markdown(["", *pairs], rows))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
 from lan_utils.cli import STOP_SIGNALS, RunFailed, same_command
-from lan_utils.machine import usable_cores
+from lan_utils.machine import share_of_cores
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stderr
@@ -158,7 +158,7 @@ def _step_or_reset(game: gym.Env, action: int) -> tuple[np.ndarray, float, bool,
 
 def even_workers(num_envs: int) -> int:
     """The most worker processes that can have equally many games each, and a CPU core each."""
-    return max(n for n in range(1, min(num_envs, usable_cores()) + 1) if num_envs % n == 0)
+    return max(n for n in range(1, min(num_envs, share_of_cores()) + 1) if num_envs % n == 0)
 
 
 class VectorGames(VectorWrapper):

@@ -54,7 +54,7 @@ class Table:
 
 # ------------------------------------------------------------------------------------------------ claims
 
-# The paper's claims about activations: quantity, first, relation, second, and when they are compared.
+# The paper's claims about activations, and the LaN beside ReLU: quantity, first, relation, second, and when.
 END, MEAN = "end", "mean over training"
 CLAIMS = (
     *(

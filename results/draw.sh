@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Draws every recorded study again, each into its own folder: bash results/draw.sh
-# Exit code: the number of studies that could not be drawn, because too little of them is recorded yet.
+# Exit code: how many figures and tables could not be made, because too little is recorded yet.
 set -uo pipefail
 source "$(dirname "$0")/../scripts/venv.sh"
 failed=0
@@ -16,9 +16,9 @@ draw() {
 draw study
 draw pqn --only algorithms study_pqn layers tables
 draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
-.venv/bin/python experiments/layer_deaths.py results/collapse/runs/* \
-    results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__* > results/collapse/deaths.md ||
-    ((failed += 1))
+deaths=$(.venv/bin/python experiments/layer_deaths.py results/collapse/runs/* \
+    results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__*) &&
+    printf '%s\n' "$deaths" > results/collapse/deaths.md || ((failed += 1))
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
 draw full --allow-unfinished
 exit "$failed"

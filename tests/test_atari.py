@@ -206,7 +206,7 @@ def test_several_games_in_a_worker_play_as_one_in_each():
 def test_workers_have_equally_many_games(monkeypatch):
     """Would catch: a game that nobody plays, more processes than cores."""
     for cores, expected in ((1, 1), (2, 2), (3, 2), (6, 4), (16, 16), (500, 128)):
-        monkeypatch.setattr(atari, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(atari, "share_of_cores", lambda cores=cores: cores)
         assert atari.even_workers(128) == expected
     assert atari.even_workers(7) == 7
 

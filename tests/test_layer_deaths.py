@@ -7,13 +7,16 @@ from synthetic_study import write_events
 DEATHS = ROOT / "experiments" / "layer_deaths.py"
 
 
-def make_run(runs_dir, activation, seed, double_q, algorithm="dqn", every=1000, **points):
+def make_run(runs_dir, activation, seed, double_q, algorithm="dqn", every=1000, state="finished", flags=None, **points):
     """A run that was measured from step 10,000 on, at every `every` steps, with these values by tag."""
     folder = runs_dir / f"{activation}{seed}{double_q}{algorithm}"
     folder.mkdir(parents=True)
-    flags = {"env_id": "BreakoutNoFrameskip-v4", "activation": activation, "seed": seed, "double_q": double_q}
-    flags |= {"learning_starts": 10_000, "exp_name": "any"}
+    flags = {
+        "env_id": "BreakoutNoFrameskip-v4", "activation": activation, "seed": seed, "double_q": double_q,
+        "learning_starts": 10_000, "total_timesteps": 20_000, "exp_name": "any", **(flags or {}),
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, "args": flags}))
+    (folder / "status.json").write_text(json.dumps({"state": state}))
     tags = {
         "conv3": "layers/conv3/constant", "zero": "layers/conv3/zero",
         "conv2": "layers/conv2/constant", "conv1": "layers/conv1/constant",
@@ -90,7 +93,9 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "centred rank, lowest": "20, 10",
         "centred rank, at the end": "400, 10",
         "conv3, channels with hardly a gradient, early": "65 %, 65 %",
+        "gradient norm of conv3, 1,000 steps later": "0.02, 0.02",
         "gradient norm of conv3, early": "0.03, 0.03",
+        "gradient norm of conv1, 1,000 steps later": "3e-06, 3e-06",
         "gradient norm of conv1, early": "4e-06, 4e-06",
         "return": "2.0, 4.0",
     }  # fmt: skip
@@ -101,6 +106,7 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "-",
     )
     assert list(differences["return"]) == ["tanh: plain - Double", "plain: tanh-lan - tanh"]
+    assert "gradient norm of conv3, early" not in differences
     target = {row: cells["tanh: plain - Double"] for row, cells in differences.items()}
     half = 12.7062 * np.std([300, 350], ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
     assert target["centred rank, lowest"] == f"+325 [{325 - half:.0f}, {325 + half:.0f}]"
@@ -110,16 +116,22 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
     assert differences["centred rank, lowest"]["plain: tanh-lan - tanh"] == "-"
 
 
-def test_what_is_no_run_of_dqn_is_refused_in_one_line(tmp_path):
-    """Would catch: a traceback, a run that silently replaces another of its seed."""
-    run = make_run(tmp_path, "tanh", 1, True, z=[1], rank=[1])
-    again = make_run(tmp_path / "again", "tanh", 1, True, z=[1], rank=[1])
-    ppo = make_run(tmp_path, "tanh", 1, True, algorithm="ppo", z=[1], rank=[1])
-    blind = make_run(tmp_path, "relu", 1, True)
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path):
+    """Would catch: a traceback, a run that silently replaces another of its seed, games or lengths that are mixed."""
+    measured = {"z": [1], "rank": [1]}
+    run = make_run(tmp_path, "tanh", 1, True, **measured)
     cases = {
-        tmp_path / "none": "is no run of DQN", ppo: "is no run of DQN", blind: "has no measurements",
-        again: "is a second run of tanh, Double, seed 1",
-    }  # fmt: skip
+        tmp_path / "none": "is no finished run of DQN",
+        make_run(tmp_path, "tanh", 1, True, algorithm="ppo", **measured): "is no finished run of DQN",
+        make_run(tmp_path, "tanh", 3, True, state="stopped", **measured): "is no finished run of DQN",
+        make_run(tmp_path, "relu", 1, True, rank=[1]): "has no representation/std_dead_neurons; leave it out",
+        make_run(tmp_path / "again", "tanh", 1, True, **measured): "is a second run of tanh, Double, seed 1",
+        make_run(
+            tmp_path, "tanh", 4, True, flags={"env_id": "PongNoFrameskip-v4"}, **measured
+        ): "runs of several kinds",
+        make_run(tmp_path, "tanh", 5, True, flags={"total_timesteps": 9}, **measured): "runs of several kinds",
+        make_run(tmp_path, "tanh", 6, True, flags={"learning_starts": 9}, **measured): "runs of several kinds",
+    }
     for folder, message in cases.items():
         done = run_script(DEATHS, run, folder)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -56,6 +56,7 @@ RUNS = {
 
 def prepare(sabotage, runs_dir):
     """In a run's process: its last checkpoints are kept for inspection, and something may go wrong."""
+    os.environ["OMP_NUM_THREADS"] = "2"  # torch has its one thread already: PQN's games share two workers
     ReplayMemory.SEGMENT = 150  # so that segments are many, end between checkpoints, and leave
     run_folder_module._commit = lambda: "one commit"  # although somebody may commit meanwhile
     delete = Checkpoints.delete
