@@ -114,10 +114,10 @@ def style(group: str) -> Style:
     if conv and not exp_name:
         label = f"{style(base).label}, conv {style(conv).label}"
         return style(base)._replace(label=label, color=color, dashes=(0, (2, 1)))
-    if exp_name:  # the activation's colour, halfway to grey
-        first, dashes = style(activation), DASHES[zlib.crc32(exp_name.encode()) % len(DASHES)]
-        muted = "#" + "".join(f"{(byte + 128) // 2:02X}" for byte in bytes.fromhex(first.color[1:]))
-        return first._replace(label=f"{first.label}, {exp_name}", color=muted, dashes=(0, dashes))
+    if exp_name:  # the activation's colour, halfway to a grey of the experiment's
+        first, code = style(activation), zlib.crc32(exp_name.encode())
+        muted = "#" + "".join(f"{(byte + 80 + code % 97) // 2:02X}" for byte in bytes.fromhex(first.color[1:]))
+        return first._replace(label=f"{first.label}, {exp_name}", color=muted, dashes=(0, DASHES[code % len(DASHES)]))
     width = re.search(r"-([0-9]{3,})$", group)
     return Style(activation, color, (0, (2, 1)), *(int(found) for found in (width.groups() if width else ())))
 
