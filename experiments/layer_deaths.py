@@ -16,14 +16,17 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tables import table
+
 from lan_utils.cli import BadInput, launch, warn
 from plots.events import RETURN, Points, read_events
-from plots.results import RecordedRun, read_config
+from plots.results import read_config
 from plots.statistics import Difference, paired_difference
 
 RANK, Z_CONSTANT = "representation/effective_rank_centred", "representation/std_dead_neurons"
 CONV3, CONV3_ZERO = "layers/conv3/constant", "layers/conv3/zero"
 EVERY, EARLY = 1000, 10_000  # agent steps between measurements, and of the beginning of learning
+Group = tuple[str, str]  # activation, and "Double" or "plain"
 Numbers = dict[int, dict[str, float]]  # by seed and row
 
 
@@ -65,48 +68,52 @@ class Measured(NamedTuple):
         return float(steps[0]) if len(steps) else np.nan
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+class Unit(NamedTuple):
+    form: str
+    scale: int = 1
+    digits: int | None = None  # of a difference; None: it has none (norms differ by powers of ten)
 
 
-def whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-# How each row is written, and what it is.
-ROWS: dict[str, tuple[Callable[[float], str], Callable[[Measured], float]]] = {
-    "conv3 constant, before the first update": (percent, lambda run: run.at(CONV3, 0)),
-    "conv3 constant, 1,000 steps later": (percent, lambda run: run.at(CONV3, EVERY)),
-    "conv3 constant, most": (percent, lambda run: run.learning(CONV3, np.max)),
-    "conv3 constant, at the end": (percent, lambda run: run.end(CONV3)),
-    "conv3 always zero, before the first update": (percent, lambda run: run.at(CONV3_ZERO, 0)),
-    "conv3 always zero, 1,000 steps later": (percent, lambda run: run.at(CONV3_ZERO, EVERY)),
-    "conv3 always zero, most": (percent, lambda run: run.learning(CONV3_ZERO, np.max)),
-    "conv2 constant, most": (percent, lambda run: run.learning("layers/conv2/constant", np.max)),
-    "conv1 constant, most": (percent, lambda run: run.learning("layers/conv1/constant", np.max)),
-    "z constant, at the end": (percent, lambda run: run.end(Z_CONSTANT)),
-    "z less than half constant from step": (whole, Measured.awake_from),
-    "centred rank, before the first update": (whole, lambda run: run.at(RANK, 0)),
-    "centred rank, 1,000 steps later": (whole, lambda run: run.at(RANK, EVERY)),
-    "centred rank, lowest": (whole, lambda run: run.learning(RANK, np.min)),
-    "centred rank, at the end": (whole, lambda run: run.end(RANK)),
-    "conv3, channels with hardly a gradient, early": (percent, lambda run: run.early("layers/conv3/no_gradient")),
-    "gradient norm of conv3, 1,000 steps later": ("{:.1g}".format, lambda run: run.at("layers/conv3/grad_norm", EVERY)),
-    "gradient norm of conv3, early": ("{:.1g}".format, lambda run: run.early("layers/conv3/grad_norm")),
-    "gradient norm of conv1, 1,000 steps later": ("{:.1g}".format, lambda run: run.at("layers/conv1/grad_norm", EVERY)),
-    "gradient norm of conv1, early": ("{:.1g}".format, lambda run: run.early("layers/conv1/grad_norm")),
-    "return": ("{:.1f}".format, lambda run: float(np.mean(run.points[RETURN]["value"][-100:]))),
+UNITS = {
+    "share": Unit("{:.0f} %", scale=100, digits=0),
+    "rank": Unit("{:.0f}", digits=0),
+    "step": Unit("{:,.0f}"),
+    "norm": Unit("{:.1g}"),
+    "score": Unit("{:.1f}", digits=1),
 }
-COMPARED = [row for row in ROWS if "norm" not in row and "step" not in row.split()]  # norms differ by powers of ten
+# What each row is measured in, and what it is.
+ROWS: dict[str, tuple[str, Callable[[Measured], float]]] = {
+    "conv3 constant, before the first update": ("share", lambda run: run.at(CONV3, 0)),
+    "conv3 constant, 1,000 steps later": ("share", lambda run: run.at(CONV3, EVERY)),
+    "conv3 constant, most": ("share", lambda run: run.learning(CONV3, np.max)),
+    "conv3 constant, at the end": ("share", lambda run: run.end(CONV3)),
+    "conv3 always zero, before the first update": ("share", lambda run: run.at(CONV3_ZERO, 0)),
+    "conv3 always zero, 1,000 steps later": ("share", lambda run: run.at(CONV3_ZERO, EVERY)),
+    "conv3 always zero, most": ("share", lambda run: run.learning(CONV3_ZERO, np.max)),
+    "conv2 constant, most": ("share", lambda run: run.learning("layers/conv2/constant", np.max)),
+    "conv1 constant, most": ("share", lambda run: run.learning("layers/conv1/constant", np.max)),
+    "z constant, at the end": ("share", lambda run: run.end(Z_CONSTANT)),
+    "z less than half constant from step": ("step", Measured.awake_from),
+    "centred rank, before the first update": ("rank", lambda run: run.at(RANK, 0)),
+    "centred rank, 1,000 steps later": ("rank", lambda run: run.at(RANK, EVERY)),
+    "centred rank, lowest": ("rank", lambda run: run.learning(RANK, np.min)),
+    "centred rank, at the end": ("rank", lambda run: run.end(RANK)),
+    "conv3, channels with hardly a gradient, early": ("share", lambda run: run.early("layers/conv3/no_gradient")),
+    "gradient norm of conv3, 1,000 steps later": ("norm", lambda run: run.at("layers/conv3/grad_norm", EVERY)),
+    "gradient norm of conv3, early": ("norm", lambda run: run.early("layers/conv3/grad_norm")),
+    "gradient norm of conv1, 1,000 steps later": ("norm", lambda run: run.at("layers/conv1/grad_norm", EVERY)),
+    "gradient norm of conv1, early": ("norm", lambda run: run.early("layers/conv1/grad_norm")),
+    "return": ("score", lambda run: float(np.mean(run.points[RETURN]["value"][-100:]))),
+}
 
 
-def read_runs(folders: tuple[Path, ...]) -> dict[str, Numbers]:
-    """The numbers of each group, e.g. "tanh, Double".
+def read_runs(folders: tuple[Path, ...]) -> dict[Group, Numbers]:
+    """The numbers of each group.
 
     Raises:
         BadInput: not finished runs of DQN on one game and of one length, a seed twice, or nothing measured.
     """
-    groups: dict[str, Numbers] = defaultdict(dict)
+    groups: dict[Group, Numbers] = defaultdict(dict)
     kinds = {}
     for folder in folders:
         run = read_config(folder)
@@ -118,11 +125,11 @@ def read_runs(folders: tuple[Path, ...]) -> dict[str, Numbers]:
             warn(f"{folder}: {problem}")
         if missing := {RETURN, RANK, Z_CONSTANT} - points.keys():
             raise BadInput(f"{folder} has no {', '.join(sorted(missing))}; leave it out")
-        group = groups[group_of(run)]
-        if run.seed in group:
-            raise BadInput(f"{folder} is a second run of {group_of(run)}, seed {run.seed}; name one of them")
+        group = run.activation, "Double" if run.flags.get("double_q", True) else "plain"
+        if run.seed in groups[group]:
+            raise BadInput(f"{folder} is a second run of {', '.join(group)}, seed {run.seed}; name one of them")
         measured = Measured(points, run.flags.get("learning_starts", 0))
-        group[run.seed] = {row: number(measured) for row, (_, number) in ROWS.items()}
+        groups[group][run.seed] = {row: number(measured) for row, (_, number) in ROWS.items()}
     if len(kinds) > 1:
         game, steps, start = zip(*kinds, strict=True)
         what = f"games {game}, agent steps {steps}, --learning-starts {start}"
@@ -130,17 +137,13 @@ def read_runs(folders: tuple[Path, ...]) -> dict[str, Numbers]:
     return dict(sorted(groups.items()))
 
 
-def group_of(run: RecordedRun) -> str:
-    return f"{run.activation}, {'Double' if run.flags.get('double_q', True) else 'plain'}"
-
-
-def comparisons(groups: dict[str, Numbers]) -> dict[str, tuple[str, str]]:
+def comparisons(groups: dict[Group, Numbers]) -> dict[str, tuple[Group, Group]]:
     """Title and the two groups, first minus second: the targets of each activation, then LaN and tanh with each."""
     pairs = {}
-    for activation in dict.fromkeys(group.split(", ")[0] for group in groups):
-        pairs[f"{activation}: plain - Double"] = f"{activation}, plain", f"{activation}, Double"
+    for activation in dict.fromkeys(activation for activation, _ in groups):
+        pairs[f"{activation}: plain - Double"] = (activation, "plain"), (activation, "Double")
     for target in ("Double", "plain"):
-        pairs[f"{target}: tanh-lan - tanh"] = f"tanh-lan, {target}", f"tanh, {target}"
+        pairs[f"{target}: tanh-lan - tanh"] = ("tanh-lan", target), ("tanh", target)
     return {title: pair for title, pair in pairs.items() if groups.keys() >= set(pair)}
 
 
@@ -151,34 +154,30 @@ def compare(first: Numbers, second: Numbers, row: str) -> Difference:
 
 def in_points(difference: Difference, row: str) -> str:
     """With its interval; shares in percentage points."""
-    scale, digits = (100, 0) if ROWS[row][0] is percent else (1, 1 if row == "return" else 0)
+    _, scale, digits = UNITS[ROWS[row][0]]
     value, low, high = (scale * number for number in difference[:3])
     if np.isnan(value):
         return "-"
     return f"{value:+.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def main(args: Args) -> None:
     groups = read_runs(args.folders)
 
     def cell(group: Numbers, row: str) -> str:
-        values = [group[seed][row] for seed in sorted(group)]
-        return ", ".join("-" if np.isnan(value) else ROWS[row][0](value) for value in values)
+        unit, values = UNITS[ROWS[row][0]], [group[seed][row] for seed in sorted(group)]
+        return ", ".join("-" if np.isnan(value) else unit.form.format(unit.scale * value) for value in values)
 
     print("Seeds in ascending order. Constant: standard deviation below 0.001. Early: median of the first 10,000 agent")
     print("steps of learning. Hardly a gradient: at most 0.025 of the layer's mean. A step is as exact as the run's")
     print("--metrics-frequency.\n")
-    print(markdown(["", *groups], [[row, *(cell(group, row) for group in groups.values())] for row in ROWS]))
+    rows = [[row, *(cell(group, row) for group in groups.values())] for row in ROWS]
+    print(table(["", *map(", ".join, groups)], rows))
+    print("Differences over pairs of the same seed, with 95 % intervals (Student's t); shares in percentage points.\n")
     pairs = comparisons(groups)
-    print(
-        "\nDifferences over pairs of the same seed, with 95 % intervals (Student's t); shares in percentage points.\n"
-    )
-    rows = [[row, *(in_points(compare(groups[a], groups[b], row), row) for a, b in pairs.values())] for row in COMPARED]
-    print(markdown(["", *pairs], rows))
+    compared = [row for row, (unit, _) in ROWS.items() if UNITS[unit].digits is not None]
+    rows = [[row, *(in_points(compare(groups[a], groups[b], row), row) for a, b in pairs.values())] for row in compared]
+    print(table(["", *pairs], rows), end="")
 
 
 if __name__ == "__main__":

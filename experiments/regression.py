@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from drawing import launch, plt, save, write_text
 from scipy import stats
+from tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -191,12 +192,6 @@ def verdict(better: tuple[float, float, float], worse: tuple[float, float, float
 
 
 # ------------------------------------------------------------------------------------------------ report
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def interval_text(errors: np.ndarray) -> str:

@@ -106,18 +106,18 @@ def style(group: str) -> Style:
     """
     if group in ACTIVATIONS:
         return ACTIVATIONS[group]
-    # Dark enough to be read on white: each channel below 200.
-    red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
-    color = f"#{red:02X}{green:02X}{blue:02X}"
     activation, exp_name = split_group(group)
-    base, _, conv = activation.partition("+conv-")
-    if conv and not exp_name:
-        label = f"{style(base).label}, conv {style(conv).label}"
-        return style(base)._replace(label=label, color=color, dashes=(0, (2, 1)))
     if exp_name:  # the activation's colour, halfway to a grey of the experiment's
         first, code = style(activation), zlib.crc32(exp_name.encode())
         muted = "#" + "".join(f"{(byte + 80 + code % 97) // 2:02X}" for byte in bytes.fromhex(first.color[1:]))
         return first._replace(label=f"{first.label}, {exp_name}", color=muted, dashes=(0, DASHES[code % len(DASHES)]))
+    # Dark enough to be read on white: each channel below 200.
+    red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
+    color = f"#{red:02X}{green:02X}{blue:02X}"
+    base, _, conv = activation.partition("+conv-")
+    if conv:
+        label = f"{style(base).label}, conv {style(conv).label}"
+        return style(base)._replace(label=label, color=color, dashes=(0, (2, 1)))
     width = re.search(r"-([0-9]{3,})$", group)
     return Style(activation, color, (0, (2, 1)), *(int(found) for found in (width.groups() if width else ())))
 

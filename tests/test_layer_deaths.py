@@ -52,8 +52,8 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "conv1": [0, 0, 0, 0],
         "no_gradient": [0.5, 0.7, 0.6],
         "norm3": [9, 0.02, 0.04],
+        "norm1": [9, 3e-6, 5e-6],
     }
-    rest |= {"norm1": [9, 3e-6, 5e-6]}
     folders = [
         make_run(
             tmp_path, "tanh", 1, True, conv3=[0.95, 0.5, 1, 0.25], z=[1, 1, 1, 0.4], rank=[1, 300, 20, 400], **rest
