@@ -16,10 +16,10 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tables import table
 
 from lan_utils.cli import BadInput, launch, warn
 from plots.events import RETURN, Points, read_events
+from plots.report import markdown_table
 from plots.results import read_config
 from plots.statistics import Difference, paired_difference
 
@@ -172,12 +172,12 @@ def main(args: Args) -> None:
     print("steps of learning. Hardly a gradient: at most 0.025 of the layer's mean. A step is as exact as the run's")
     print("--metrics-frequency.\n")
     rows = [[row, *(cell(group, row) for group in groups.values())] for row in ROWS]
-    print(table(["", *map(", ".join, groups)], rows))
+    print(markdown_table(["", *map(", ".join, groups)], rows))
     print("Differences over pairs of the same seed, with 95 % intervals (Student's t); shares in percentage points.\n")
     pairs = comparisons(groups)
     compared = [row for row, (unit, _) in ROWS.items() if UNITS[unit].digits is not None]
     rows = [[row, *(in_points(compare(groups[a], groups[b], row), row) for a, b in pairs.values())] for row in compared]
-    print(table(["", *pairs], rows), end="")
+    print(markdown_table(["", *pairs], rows), end="")
 
 
 if __name__ == "__main__":

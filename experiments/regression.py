@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from drawing import launch, plt, save, write_text
 from scipy import stats
-from tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import metrics
 from lan_utils import study
+from plots.report import markdown_table
 
 # f, width of each hidden layer, how many layers are multiplied (Eq. 2), and the paper's number of parameters.
 NETWORKS = {
@@ -240,22 +240,22 @@ def report(results: dict) -> str:
             "SGD with momentum 0.9. Every run is in `regression.csv`.\n",
             "## Mean squared error on the training points\n",
             "Mean over seeds [95 % bootstrap interval]; bold: the lowest mean. In brackets the parameters.\n",
-            table(grid + names, error_rows),
+            markdown_table(grid + names, error_rows),
             "## Its median over seeds\n",
             "Where it is far below the mean, a few seeds got stuck or were caught in a spike.\n",
-            table(grid + names, median_rows),
+            markdown_table(grid + names, median_rows),
             f"## The same on {DENSE_POINTS} points, most of them between the training points\n",
             "Where it is far above the former, the network fits the points and not the function.\n",
-            table(grid + names, dense_rows),
+            markdown_table(grid + names, dense_rows),
             "## Is the first one's mean error lower, as the paper says, and tanh's effective rank higher?\n",
             "yes or no: the intervals are apart. open: they overlap, or a seed diverged.\n",
-            table(
+            markdown_table(
                 grid + list(counts),
                 claim_rows + [["**all**", "", ""] + total],
             ),
             "## Effective rank of each hidden layer\n",
             f"Mean over seeds, of the activations on {DENSE_POINTS} points; first layer first.\n",
-            table(grid + list(NETWORKS), rank_rows),
+            markdown_table(grid + list(NETWORKS), rank_rows),
         ]
     )
 

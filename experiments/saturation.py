@@ -9,12 +9,12 @@ Beside the paper's products stand two controls: one with a linear factor (tanh-g
 second figure measures Section 3's argument about derivatives on the representation of the training scripts.
 """
 
-import csv
 import itertools
 import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from drawing import launch, plt, save, write_text
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import metrics
 from dqn_atari_lan import REPRESENTATIONS, Hidden
 from lan_utils import study
+from plots.report import markdown_table
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 FACTORS = (1, 2, 3)
@@ -279,11 +280,7 @@ def select(rows: list[dict], **values: object) -> list[dict]:
 
 
 def write_csv(rows: list[dict], file: Path) -> None:
-    with file.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
     print(f"wrote {file}")
 
 
@@ -297,77 +294,75 @@ def report(
         "relu": ("p", "2p - p^2", "1 - (1 - p)^3"),
     } | dict.fromkeys(dict(CONTROL_CASES), ("0", "0"))
     shown = (0.1, 0.25, 0.5, 0.75, 0.9)
-    lines = [
-        "# Dead products of neurons\n",
-        f"`python experiments/saturation.py`; {NEURONS:,} products per cell, {OBSERVATIONS:,} observations. Each cell: "
-        "simulated / theory. All values of p: `saturation.csv`. Below the paper's products: a linear neuron, and the "
-        "controls that have one as a factor. It has no bound: there p is how often its bias is as large as one that "
-        "saturates.\n",
-        "| neuron | factors | theory | " + " | ".join(f"p = {p:g}" for p in shown) + " |",
-        "| --- " * (3 + len(shown)) + "|",
-    ]
-    for activation, factors in CASES:
-        cells = [
-            f"{row['simulated']:.3f} / {row['theory']:.3f}"
-            for row in select(counts, activation=activation, factors=factors)
-            if row["p"] in shown
-        ]
-        lines.append(f"| {activation} | {factors} | {formulas[activation][factors - 1]} | {' | '.join(cells)} |")
+    biases = (-10.0, -5.0, 0.0, 5.0, 10.0)
     off = [
         abs(row["simulated"] - row["theory"]) / row["standard_error"] for row in counts if row["standard_error"] > 1e-9
     ]
-    lines += [
-        f"\nOf {len(off)} cells with 0 < theory < 1, {sum(z <= 1 for z in off) / len(off):.0%} lie within one standard "
-        f"error of it, {sum(z <= 2 for z in off) / len(off):.0%} within two; the furthest is {max(off):.1f} away.\n",
-        "## Is it clear who is dead?\n",
-        "Density peaks at p = 1/2; from omega = 20 on a neuron counts as dead.\n",
-        "| neuron | factors | highest of the living | lowest of the dead |",
-        "| --- " * 4 + "|",
-    ]
-    lines += [
-        f"| {row['activation']} | {row['factors']} | {row['highest_alive']:.1f} | {row['lowest_dead']:.1f} |"
-        for row in margin
-    ]
-    lines += [
-        "\n## What is left of a product of two\n",
-        f"A x has a standard deviation of {SCALE:g}, a large bias B a size of {SATURATING_BIAS[0]:g} to "
-        f"{SATURATING_BIAS[1]:g} and either sign; a bias that is not large is 0. Standard deviations are root mean "
-        "squares over neurons. In the last column: the share of the variance that is linear in x.\n",
-        "| product | large bias | what is left | standard deviation, derived | simulated | density peaks | linear |",
-        "| --- " * 7 + "|",
-    ]
-    for row in left:
+
+    def dead(activation: str, factors: int) -> list[str]:
+        rows = [row for row in select(counts, activation=activation, factors=factors) if row["p"] in shown]
+        cells = [f"{row['simulated']:.3f} / {row['theory']:.3f}" for row in rows]
+        return [activation, str(factors), formulas[activation][factors - 1], *cells]
+
+    def remains(row: dict) -> list[str]:
         name = "tanh-lan" if row["activation"] == "tanh" else row["activation"]
-        is_constant = row["derived"] == 0
         peaks = f"{row['lowest_peak']:.2g} to {row['highest_peak']:.2g}"
-        lines.append(
-            f"| {name} | {row['large']} | {row['formula']} | {row['derived']:.3g} | {row['simulated']:.3g} "
-            f"| {peaks}{', dead' * is_constant} | {'' if is_constant else format(row['linear'], '.0%')} |"
-        )
-    lines += [
-        "\n## Counted as dead though nothing saturates (p = 0)\n",
-        "By the standard deviation of A x.\n",
-        "| neuron | factors | " + " | ".join(f"{scale:.2g}" for scale in SCALES) + " |",
-        "| --- " * (2 + len(SCALES)) + "|",
-    ]
-    for activation, factors in CASES:
-        cells = [f"{row['simulated']:.0%}" for row in select(unsaturated, activation=activation, factors=factors)]
-        lines.append(f"| {activation} | {factors} | {' | '.join(cells)} |")
-    biases = (-10.0, -5.0, 0.0, 5.0, 10.0)
-    lines += [
-        "\n## Gradient that reaches the weights when z_enc's bias saturates it\n",
-        "1: a single layer of the same activation at bias 0.\n",
-        "| `--activation` | weights | " + " | ".join(f"bias {bias:g}" for bias in biases) + " |",
-        "| --- " * (2 + len(biases)) + "|",
-    ]
-    for activation, weights in dict.fromkeys((row["activation"], row["weights"]) for row in gradients):
-        cells = [
-            f"{row['relative_norm']:.2g}"
-            for row in select(gradients, activation=activation, weights=weights)
-            if row["bias"] in biases
+        is_constant = row["derived"] == 0
+        cells = [name, row["large"], row["formula"], f"{row['derived']:.3g}", f"{row['simulated']:.3g}"]
+        return [*cells, *((peaks + ", dead", "") if is_constant else (peaks, f"{row['linear']:.0%}"))]
+
+    def counted(activation: str, factors: int) -> list[str]:
+        rows = select(unsaturated, activation=activation, factors=factors)
+        return [activation, str(factors), *(f"{row['simulated']:.0%}" for row in rows)]
+
+    def reaches(activation: str, weights: str) -> list[str]:
+        rows = [row for row in select(gradients, activation=activation, weights=weights) if row["bias"] in biases]
+        return [activation, weights, *(f"{row['relative_norm']:.2g}" for row in rows)]
+
+    return "\n".join(
+        [
+            "# Dead products of neurons\n",
+            f"`python experiments/saturation.py`; {NEURONS:,} products per cell, {OBSERVATIONS:,} observations. Each "
+            "cell: simulated / theory. All values of p: `saturation.csv`. Below the paper's products: a linear neuron, "
+            "and the controls that have one as a factor. It has no bound: there p is how often its bias is as large as "
+            "one that saturates.\n",
+            markdown_table(
+                ["neuron", "factors", "theory", *(f"p = {p:g}" for p in shown)], [dead(*case) for case in CASES]
+            ),
+            f"Of {len(off)} cells with 0 < theory < 1, {sum(z <= 1 for z in off) / len(off):.0%} lie within one "
+            f"standard error of it, {sum(z <= 2 for z in off) / len(off):.0%} within two; the furthest is "
+            f"{max(off):.1f} away.\n",
+            "## Is it clear who is dead?\n",
+            "Density peaks at p = 1/2; from omega = 20 on a neuron counts as dead.\n",
+            markdown_table(
+                ["neuron", "factors", "highest of the living", "lowest of the dead"],
+                [
+                    [row["activation"], str(row["factors"]), f"{row['highest_alive']:.1f}", f"{row['lowest_dead']:.1f}"]
+                    for row in margin
+                ],
+            ),
+            "## What is left of a product of two\n",
+            f"A x has a standard deviation of {SCALE:g}, a large bias B a size of {SATURATING_BIAS[0]:g} to "
+            f"{SATURATING_BIAS[1]:g} and either sign; a bias that is not large is 0. Standard deviations are root mean "
+            "squares over neurons. In the last column: the share of the variance that is linear in x.\n",
+            markdown_table(
+                ["product", "large bias", "what is left", "standard deviation, derived", "simulated"]
+                + ["density peaks", "linear"],
+                [remains(row) for row in left],
+            ),
+            "## Counted as dead though nothing saturates (p = 0)\n",
+            "By the standard deviation of A x.\n",
+            markdown_table(
+                ["neuron", "factors", *(f"{scale:.2g}" for scale in SCALES)], [counted(*case) for case in CASES]
+            ),
+            "## Gradient that reaches the weights when z_enc's bias saturates it\n",
+            "1: a single layer of the same activation at bias 0.\n",
+            markdown_table(
+                ["`--activation`", "weights", *(f"bias {bias:g}" for bias in biases)],
+                [reaches(*case) for case in dict.fromkeys((row["activation"], row["weights"]) for row in gradients)],
+            ),
         ]
-        lines.append(f"| {activation} | {weights} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    )
 
 
 def draw_counts(counts: list[dict], unsaturated: list[dict], out_dir: Path) -> None:

@@ -412,10 +412,14 @@ def write_curves(results: Results, file: Path) -> None:
     replace(file, lambda opened: opened.write(gzip.compress(text.encode(), compresslevel=1, mtime=0)))
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
 def as_markdown(table: Table) -> str:
-    rows = [list(table.cells.columns), ["---"] * table.cells.shape[1], *table.cells.values.tolist()]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return f"## {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
+    cells = markdown_table(list(table.cells.columns), table.cells.values.tolist())
+    return f"## {table.title}\n\n{table.note}\n\n{cells}"
 
 
 def write_markdown(
