@@ -13,12 +13,19 @@ draw() {
     .venv/bin/python plot_results.py --out-dir "$folder" --runs-dir "$folder/runs" "$@" || ((failed += 1))
 }
 
+# print_into FILE COMMAND...: what this Python program prints; the old file stays if it fails
+print_into() {
+    local file=$1 text
+    shift
+    text=$(.venv/bin/python "$@") && printf '%s\n' "$text" > "$file" || ((failed += 1))
+}
+
 draw study
 draw pqn --only algorithms study_pqn layers tables
 draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
-deaths=$(.venv/bin/python experiments/layer_deaths.py results/collapse/runs/* \
-    results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__*) &&
-    printf '%s\n' "$deaths" > results/collapse/deaths.md || ((failed += 1))
+print_into results/collapse/deaths.md experiments/layer_deaths.py results/collapse/runs/* \
+    results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__*
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
 draw full --allow-unfinished
+print_into results/full/over_training.md experiments/over_training.py results/full/runs/*
 exit "$failed"
