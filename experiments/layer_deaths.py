@@ -24,6 +24,7 @@ from plots.results import read_config
 from plots.statistics import Difference, paired_difference
 
 RANK, Z_CONSTANT = "representation/effective_rank_centred", "representation/std_dead_neurons"
+UNCENTRED, ENTROPY = "representation/effective_rank", "representation/entropy_rank"
 CONV3, CONV3_ZERO = "layers/conv3/constant", "layers/conv3/zero"
 EVERY, EARLY = 1000, 10_000  # agent steps between measurements, and of the beginning of learning
 Group = tuple[str, str]  # activation, and "Double" or "plain"
@@ -93,11 +94,16 @@ ROWS: dict[str, tuple[str, Callable[[Measured], float]]] = {
     "conv2 constant, most": ("share", lambda run: run.learning("layers/conv2/constant", np.max)),
     "conv1 constant, most": ("share", lambda run: run.learning("layers/conv1/constant", np.max)),
     "z constant, at the end": ("share", lambda run: run.end(Z_CONSTANT)),
+    "z dormant, at the end": ("share", lambda run: run.end("representation/dormant_neurons")),
+    "z dead by the paper's count, at the end": ("share", lambda run: run.end("representation/dead_neurons")),
     "z less than half constant from step": ("step", Measured.awake_from),
     "centred rank, before the first update": ("rank", lambda run: run.at(RANK, 0)),
     "centred rank, 1,000 steps later": ("rank", lambda run: run.at(RANK, EVERY)),
     "centred rank, lowest": ("rank", lambda run: run.learning(RANK, np.min)),
     "centred rank, at the end": ("rank", lambda run: run.end(RANK)),
+    "uncentred rank, lowest": ("rank", lambda run: run.learning(UNCENTRED, np.min)),
+    "uncentred rank, at the end": ("rank", lambda run: run.end(UNCENTRED)),
+    "entropy rank, at the end": ("score", lambda run: run.end(ENTROPY)),
     "conv3, channels with hardly a gradient, early": ("share", lambda run: run.early("layers/conv3/no_gradient")),
     "gradient norm of conv3, 1,000 steps later": ("norm", lambda run: run.at("layers/conv3/grad_norm", EVERY)),
     "gradient norm of conv3, early": ("norm", lambda run: run.early("layers/conv3/grad_norm")),
@@ -138,12 +144,13 @@ def read_runs(folders: tuple[Path, ...]) -> dict[Group, Numbers]:
 
 
 def comparisons(groups: dict[Group, Numbers]) -> dict[str, tuple[Group, Group]]:
-    """Title and the two groups, first minus second: the targets of each activation, then LaN and tanh with each."""
+    """Title and the two groups, first minus second: the targets of each activation, then activations with each."""
     pairs = {}
     for activation in dict.fromkeys(activation for activation, _ in groups):
         pairs[f"{activation}: plain - Double"] = (activation, "plain"), (activation, "Double")
     for target in ("Double", "plain"):
-        pairs[f"{target}: tanh-lan - tanh"] = ("tanh-lan", target), ("tanh", target)
+        for first, second in (("tanh-lan", "tanh"), ("tanh", "relu"), ("tanh-lan", "relu")):
+            pairs[f"{target}: {first} - {second}"] = (first, target), (second, target)
     return {title: pair for title, pair in pairs.items() if groups.keys() >= set(pair)}
 
 

@@ -14,14 +14,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils.cli import BadInput, launch, warn
-from plots.events import LAYERS, REPRESENTATION, RETURN, read_events
+from plots.events import LAYERS, REPRESENTATION, RETURN
 from plots.report import NOTHING, markdown_table
-from plots.results import RecordedRun, read_config, without_rounding
-from plots.statistics import LAST_GAMES
+from plots.results import RecordedRun, read_run
+from plots.statistics import LAST_GAMES, score_curve
 
 STEPS = (200_000, 500_000, 1_000_000, 1_500_000, *range(2_000_000, 10_000_001, 1_000_000))
 WINDOW = 100_000  # agent steps before each of these over which measurements are averaged: ten of them by default
-ROLLOUT = 4096  # agent steps of PQN's: 10 M end in a whole rollout, up to so many earlier
 PERCENT, RANK, SCORE = "{:.1%}", "{:.0f}", "{:.1f}"
 QUANTITIES = {
     "return": (RETURN, SCORE),
@@ -31,6 +30,7 @@ QUANTITIES = {
     "dormant": (f"{REPRESENTATION}dormant_neurons", PERCENT),
     "effective rank": (f"{REPRESENTATION}effective_rank", RANK),
     "centred rank": (f"{REPRESENTATION}effective_rank_centred", RANK),
+    "entropy rank": (f"{REPRESENTATION}entropy_rank", RANK),
     **{f"constant, {name}": (f"{LAYERS}{name}/constant", PERCENT) for name in ("conv1", "conv2", "conv3")},
 }
 
@@ -43,50 +43,46 @@ class Args:
     """run folders, finished or not"""
 
 
-def read_run(folder: Path) -> RecordedRun:
-    """A run with its points.
-
-    Raises:
-        BadInput: it is no run's folder.
-    """
-    run = read_config(folder)
-    if run is None:
-        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable; name a run")
-    points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
-    run.points = without_rounding(points)
-    for problem in run.problems:
-        warn(f"{folder}: {problem}")
-    return run
-
-
 def reached(run: RecordedRun, step: int) -> bool:
-    return run.agent_steps > step - ROLLOUT
+    """Whole rollouts end a little earlier than planned, so a finished run has reached all that it planned."""
+    return run.agent_steps >= step or (run.finished and run.planned_steps >= step)
 
 
 def value_at(run: RecordedRun, tag: str, step: int) -> float:
     """Of returns the mean of the last 100 games, of all else the mean over WINDOW; NaN where the run has none."""
-    points = run.points.get(tag, [])
-    if not len(points) or not reached(run, step):
+    if tag not in run.points or not reached(run, step):
         return np.nan
-    until = points[points["step"] <= step]
-    values = until["value"][-LAST_GAMES:] if tag == RETURN else until["value"][until["step"] > step - WINDOW]
+    points = run.points[tag]
+    if tag == RETURN:
+        return float(score_curve(points, np.array([step]))[0])
+    values = points["value"][(points["step"] > step - WINDOW) & (points["step"] <= step)]
     values = values[~np.isnan(values)]  # there is no scale to divide by while nearly all of z is constant
     return float(np.mean(values, dtype=float)) if len(values) else np.nan
 
 
 def main(args: Args) -> None:
-    runs = [read_run(folder) for folder in args.folders]
-    steps = [step for step in STEPS if any(reached(run, step) for run in runs)]
+    runs: dict[str, RecordedRun] = {}
+    for folder in args.folders:
+        run = read_run(folder)
+        for problem in run.problems:
+            warn(f"{folder}: {problem}")
+        name = f"{run.algorithm.upper()} {run.activation} {run.seed}"
+        if name in runs:
+            raise BadInput(f"{folder} is a second run of {name}, beside {runs[name].folder}; name one of them")
+        runs[name] = run
+    steps = [step for step in STEPS if any(reached(run, step) for run in runs.values())]
+    if not steps:
+        raise BadInput(f"no run has reached {STEPS[0]:,} agent steps, the first column; train longer")
     rows = []
     for quantity, (tag, form) in QUANTITIES.items():
-        for run in runs:
+        for name, run in runs.items():
             values = [value_at(run, tag, step) for step in steps]
-            cells = [NOTHING if np.isnan(value) else form.format(value) for value in values]
-            rows.append([quantity, f"{run.algorithm.upper()} {run.activation} {run.seed}", *cells])
+            rows.append([quantity, name, *(NOTHING if np.isnan(value) else form.format(value) for value in values)])
+    print(f"Return: mean of the last {LAST_GAMES} games, or of all before the hundredth. All else: mean of what was")
     print(
-        f"Return: mean of the last {LAST_GAMES} games. All else: mean of the measurements in the last {WINDOW:,} agent"
+        f"measured in the last {WINDOW:,} agent steps and has a value. Run: algorithm, activation, seed. Columns: agent"
     )
-    print("steps. Run: algorithm, activation, seed. Columns: agent steps in millions.\n")
+    print("steps in millions.\n")
     print(markdown_table(["", "run", *(f"{step / 1e6:g}" for step in steps)], rows), end="")
 
 

@@ -16,7 +16,7 @@ from lan_utils import study
 from lan_utils.cli import BadInput
 from lan_utils.files import read_json
 from plots import statistics
-from plots.events import LAYERS, REPRESENTATION, RETURN, Points
+from plots.events import LAYERS, REPRESENTATION, RETURN, Points, read_events
 from plots.statistics import LAST_GAMES, ByGame, Curves
 
 GRID_POINTS = 1001  # of the common grid of agent steps, from 0 to the end of the training
@@ -98,6 +98,22 @@ def read_config(folder: Path) -> RecordedRun | None:
     algorithm, env_id, activation = map(printable, (*names[:2], study.group_of(flags)))
     game = env_id.removesuffix("NoFrameskip-v4")
     return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder))
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """A run with its points.
+
+    Raises:
+        BadInput: it is no run's folder.
+    """
+    run = read_config(folder)
+    if run is None:
+        inside = runs_below(folder)
+        hint = f"; name a run in it, e.g. {inside[0]}" if inside else ""
+        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
+    points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
+    run.points = without_rounding(points)
+    return run
 
 
 def find_runs(runs_dir: Path, out_dir: Path) -> tuple[list[RecordedRun], list[str]]:
@@ -271,11 +287,14 @@ def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str
 
 
 def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
-    """What of the study is left out, missing or mixed: a line each, many runs in one."""
+    """What of the study is left out, unfinished, missing or mixed: a line each, many runs in one."""
     lines = []
     groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run.left_out:
+        if not run.left_out and not run.finished:
+            entry = f"{run.seed} at {run.agent_steps:,} of {run.planned_steps:,}"
+            groups[run.algorithm, run.activation, ""][run.game].append(entry)
+        elif run.left_out:
             is_twin = run.left_out.startswith("same seed")
             reason = "same seed as another run" if is_twin else run.left_out
             entry = f"{run.name} ({run.left_out})" if is_twin else f"{run.seed} at {run.agent_steps:,}"
@@ -283,7 +302,8 @@ def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
     for (algorithm, activation, reason), by_game in sorted(groups.items()):
         total = sum(map(len, by_game.values()))
         which = "; ".join(f"{game} {', '.join(seeds)}" for game, seeds in by_game.items())
-        lines.append(f"left out, {algorithm or 'algorithm unknown'} {activation}, {total} run(s), {reason}: {which}")
+        what = f"{algorithm or 'algorithm unknown'} {activation}, {total} run(s)"
+        lines.append(f"left out, {what}, {reason}: {which}" if reason else f"drawn unfinished, {what}: {which}")
     for (algorithm, activation), seeds in missing_runs(runs).items():
         by_game = defaultdict(list)
         for game, seed in seeds:
@@ -534,7 +554,7 @@ def runs_table(runs: Sequence[RecordedRun], finals: Sequence[dict[str, float]]) 
     for run, values in zip(runs, finals, strict=True):
         row = {name: getattr(run, name) for name in RUN_COLUMNS}
         row |= {name: values.get(name, np.nan) for name in FINAL_VALUES}
-        note = "; ".join(filter(None, [run.left_out, *run.problems]))
+        note = "; ".join(filter(None, [run.left_out or "unfinished" * (not run.finished), *run.problems]))
         rows.append(row | {"drawn": not run.left_out, "run": run.name, "note": printable(note)})
     table = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *FINAL_VALUES, "drawn", "run", "note"])
     return table.sort_values(["algorithm", "game", "activation", "seed", "run"], ignore_index=True)

@@ -21,7 +21,7 @@ from lan_utils import study
 from lan_utils.cli import BadInput, launch
 from lan_utils.files import replace
 from plots import figures, matplotlib
-from plots.events import LAYERS, REPRESENTATION, read_events
+from plots.events import LAYERS, REPRESENTATION
 from plots.figures import Axes, Figure, Line2D, SubFigure
 from plots.results import (
     GRID_POINTS,
@@ -31,9 +31,7 @@ from plots.results import (
     finals_of,
     layers_of,
     most_constant,
-    read_config,
-    runs_below,
-    without_rounding,
+    read_run,
 )
 
 OBSERVATIONS = 150  # rows of a map of neurons
@@ -53,21 +51,15 @@ class Args:
     """the picture, which is replaced where there is one"""
 
 
-def read_run(folder: Path) -> RecordedRun:
+def read_measured_run(folder: Path) -> RecordedRun:
     """A run with its points.
 
     Raises:
         BadInput: it is no run's folder, or nothing was measured in it yet.
     """
-    run = read_config(folder)
-    if run is None:
-        inside = runs_below(folder)
-        hint = f"; name a run in it, e.g. {inside[0]}" if inside else ""
-        raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
-    run.points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
+    run = read_run(folder)
     if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
-    run.points = without_rounding(run.points)
     return run
 
 
@@ -206,7 +198,7 @@ def draw_curves(part: SubFigure, runs: list[RecordedRun], labels: list[str]) -> 
 def main(args: Args) -> None:
     if not args.folders:
         raise BadInput("name the folders of the runs to compare")
-    runs = choose_experiments([read_run(folder) for folder in args.folders], args.exp_name)
+    runs = choose_experiments([read_measured_run(folder) for folder in args.folders], args.exp_name)
     print("\n".join(table(runs)))
     with matplotlib.style.context(figures.LOOK):
         buffer = BytesIO()

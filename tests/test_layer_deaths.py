@@ -22,6 +22,8 @@ def make_run(runs_dir, activation, seed, double_q, algorithm="dqn", every=1000, 
         "conv2": "layers/conv2/constant", "conv1": "layers/conv1/constant",
         "no_gradient": "layers/conv3/no_gradient", "norm3": "layers/conv3/grad_norm", "norm1": "layers/conv1/grad_norm",
         "z": "representation/std_dead_neurons", "rank": "representation/effective_rank_centred",
+        "dormant": "representation/dormant_neurons", "dead": "representation/dead_neurons",
+        "uncentred": "representation/effective_rank", "entropy": "representation/entropy_rank",
     }  # fmt: skip
     measured = [
         (tags[name], 10_000 + every * i, value) for name, values in points.items() for i, value in enumerate(values)
@@ -53,6 +55,10 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "no_gradient": [0.5, 0.7, 0.6],
         "norm3": [9, 0.02, 0.04],
         "norm1": [9, 3e-6, 5e-6],
+        "dormant": [0.9, 0.3],
+        "dead": [0.9, 0.7],
+        "uncentred": [2, 40, 30, 80],
+        "entropy": [9, 5.25],
     }
     folders = [
         make_run(
@@ -66,11 +72,13 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
             tmp_path, "tanh", 2, False, conv3=[0.2, 0.3, 0.4, 0.2], z=[1, 1, 0.1, 0], rank=[5, 400, 360, 410], **rest
         ),
         make_run(tmp_path, "tanh-lan", 2, False, every=5000, z=[1, 0.25], rank=[1, 330]),
+        make_run(tmp_path, "relu", 2, False, every=5000, z=[1, 0.5], rank=[1, 300]),
     ]
     done = run_script(DEATHS, *reversed(folders))
     assert done.stderr == ""
     values, differences = tables(done.stdout)
     assert list(values["return"].items()) == [
+        ("relu, plain", "4.0"),
         ("tanh, Double", "2.0, 4.0"),
         ("tanh, plain", "2.0, 4.0"),
         ("tanh-lan, plain", "4.0"),
@@ -87,11 +95,16 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "conv2 constant, most": "20 %, 20 %",
         "conv1 constant, most": "0 %, 0 %",
         "z constant, at the end": "40 %, 100 %",
+        "z dormant, at the end": "30 %, 30 %",
+        "z dead by the paper's count, at the end": "70 %, 70 %",
         "z less than half constant from step": "13,000, -",
         "centred rank, before the first update": "1, 5",
         "centred rank, 1,000 steps later": "300, 200",
         "centred rank, lowest": "20, 10",
         "centred rank, at the end": "400, 10",
+        "uncentred rank, lowest": "30, 30",
+        "uncentred rank, at the end": "80, 80",
+        "entropy rank, at the end": "5.2, 5.2",
         "conv3, channels with hardly a gradient, early": "65 %, 65 %",
         "gradient norm of conv3, 1,000 steps later": "0.02, 0.02",
         "gradient norm of conv3, early": "0.03, 0.03",
@@ -105,14 +118,15 @@ def test_numbers_and_paired_differences_worked_out_by_hand(tmp_path):
         "330",
         "-",
     )
-    assert list(differences["return"]) == ["tanh: plain - Double", "plain: tanh-lan - tanh"]
+    plain = ["plain: tanh-lan - tanh", "plain: tanh - relu", "plain: tanh-lan - relu"]
+    assert list(differences["return"]) == ["tanh: plain - Double", *plain]
     assert "gradient norm of conv3, early" not in differences
     target = {row: cells["tanh: plain - Double"] for row, cells in differences.items()}
     half = 12.7062 * np.std([300, 350], ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
     assert target["centred rank, lowest"] == f"+325 [{325 - half:.0f}, {325 + half:.0f}]"
     half = 12.7062 * np.std([70, 40], ddof=1) / np.sqrt(2)
     assert target["conv3 constant, most"] == f"-55 [{-55 - half:.0f}, {-55 + half:.0f}]"
-    assert differences["centred rank, at the end"]["plain: tanh-lan - tanh"] == "-80"
+    assert [differences["centred rank, at the end"][pair] for pair in plain] == ["-80", "+110", "+30"]
     assert differences["centred rank, lowest"]["plain: tanh-lan - tanh"] == "-"
 
 

@@ -3,16 +3,18 @@ import json
 from conftest import ROOT, run_script
 from synthetic_study import write_events
 
+from plots.report import NOTHING
+
 SCRIPT = ROOT / "experiments" / "over_training.py"
 
 
-def make_run(runs_dir, activation, **points):
+def make_run(runs_dir, activation, state="stopped", **points):
     """A run with these points by tag, of step and value."""
     folder = runs_dir / activation
     folder.mkdir(parents=True)
-    flags = {"env_id": "BreakoutNoFrameskip-v4", "activation": activation, "seed": 1, "exp_name": "any"}
+    flags = {"env_id": "BreakoutNoFrameskip-v4", "activation": activation, "seed": 1, "total_timesteps": 500_000}
     (folder / "config.json").write_text(json.dumps({"algorithm": "ppo", "args": flags}))
-    (folder / "status.json").write_text(json.dumps({"state": "stopped"}))
+    (folder / "status.json").write_text(json.dumps({"state": state}))
     tags = {
         "games": "charts/episodic_return", "dead": "representation/dead_neurons",
         "constant": "representation/std_dead_neurons", "scaled": "representation/dead_neurons_scaled",
@@ -29,7 +31,7 @@ def cells(text):
 
 
 def test_means_up_to_each_step_worked_out_by_hand(tmp_path):
-    """Would catch: games or measurements of after a step, or of long before it, in its column; an unfinished run's
+    """Would catch: games or measurements from after a step, or from long before it, in its column; an unfinished run's
     newest value in a column that it has not reached; rounding where nearly all of z is constant."""
     long = make_run(
         tmp_path,
@@ -37,14 +39,15 @@ def test_means_up_to_each_step_worked_out_by_hand(tmp_path):
         games=[(1000 * n, 7.0) for n in range(1, 101)]
         + [(150_000 + 10 * n, 1.0 if n <= 50 else 2.0) for n in range(1, 101)]
         + [(500_000, 101.5)],
-        dead=[(100_000, 0.9), (100_001, 0.2), (200_000, 0.4), (200_001, 0.9), (400_500, 0.5), (996_001, 0.25)],
+        dead=[(100_000, 0.9), (100_001, 0.2), (200_000, 0.4), (200_001, 0.9), (400_500, 0.5), (1_000_000, 0.25)],
         constant=[(150_000, 0.5), (200_000, 1.0), (500_000, 0.0)],
         scaled=[(150_000, 0.6), (200_000, 0.9), (500_000, 0.1)],
-        rank=[(200_000, 300), (990_000, 250), (996_001, 351)],
+        rank=[(200_000, 300), (990_000, 250), (1_000_000, 351)],
         conv3=[(200_000, 0.125)],
     )
-    short = make_run(tmp_path, "tanh", games=[(210_000, 3.0)], dead=[(199_000, 0.1), (495_904, 0.7)], rank=[])
-    done = run_script(SCRIPT, long, short)
+    short = make_run(tmp_path, "tanh", games=[(210_000, 3.0)], dead=[(199_000, 0.1), (499_328, 0.7)])
+    whole = make_run(tmp_path, "selu", state="finished", dead=[(499_328, 0.7)])
+    done = run_script(SCRIPT, long, short, whole)
     assert done.stderr == ""
     values, header = cells(done.stdout)
     assert header == ["0.2", "0.5", "1"]
@@ -52,20 +55,38 @@ def test_means_up_to_each_step_worked_out_by_hand(tmp_path):
     assert relu == {
         "return": ["1.5", "2.5", "2.5"],
         "dead, the paper's count": ["30.0%", "50.0%", "25.0%"],
-        "dead, z divided by its scale": ["60.0%", "10.0%", "–"],  # noqa: RUF001
-        "constant": ["75.0%", "0.0%", "–"],  # noqa: RUF001
-        "dormant": ["–", "–", "–"],  # noqa: RUF001
-        "effective rank": ["–", "–", "–"],  # noqa: RUF001
-        "centred rank": ["300", "–", "300"],  # noqa: RUF001
-        "constant, conv1": ["–", "–", "–"],  # noqa: RUF001
-        "constant, conv2": ["–", "–", "–"],  # noqa: RUF001
-        "constant, conv3": ["12.5%", "–", "–"],  # noqa: RUF001
+        "dead, z divided by its scale": ["60.0%", "10.0%", NOTHING],
+        "constant": ["75.0%", "0.0%", NOTHING],
+        "dormant": [NOTHING, NOTHING, NOTHING],
+        "entropy rank": [NOTHING, NOTHING, NOTHING],
+        "effective rank": [NOTHING, NOTHING, NOTHING],
+        "centred rank": ["300", NOTHING, "300"],
+        "constant, conv1": [NOTHING, NOTHING, NOTHING],
+        "constant, conv2": [NOTHING, NOTHING, NOTHING],
+        "constant, conv3": ["12.5%", NOTHING, NOTHING],
     }
-    assert values["dead, the paper's count", "PPO tanh 1"] == ["10.0%", "–", "–"]  # noqa: RUF001
-    assert values["return", "PPO tanh 1"] == ["–", "–", "–"]  # noqa: RUF001
+    assert values["dead, the paper's count", "PPO tanh 1"] == ["10.0%", NOTHING, NOTHING]
+    assert values["return", "PPO tanh 1"] == [NOTHING, NOTHING, NOTHING]
+    assert values["dead, the paper's count", "PPO selu 1"] == [NOTHING, "70.0%", NOTHING]
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    done = run_script(SCRIPT, tmp_path)
+def test_what_has_no_table_is_refused_and_damage_is_named(tmp_path):
+    """Would catch: a table without columns, two lines of the same name, a damaged file that is passed over."""
+    run = make_run(tmp_path, "relu", dead=[(200_000, 0.5)])
+    cases = {
+        tmp_path: "is not a run's folder: its config.json is missing or unreadable; name a run in it",
+        make_run(tmp_path / "again", "relu", dead=[(200_000, 0.5)]): "is a second run of PPO relu 1, beside",
+    }
+    for folder, message in cases.items():
+        done = run_script(SCRIPT, run, folder)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert message in done.stderr
+    done = run_script(SCRIPT, make_run(tmp_path / "short", "relu", dead=[(199_999, 0.5)]))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip().endswith("is not a run's folder: its config.json is missing or unreadable; name a run")
+    assert "no run has reached 200,000 agent steps" in done.stderr
+    with next(run.glob("events*")).open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"???")
+    damaged = run_script(SCRIPT, run, make_run(tmp_path / "other", "tanh", dead=[(200_000, 0.5)]))
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (0, 1)
+    assert str(run) in damaged.stderr
