@@ -891,6 +891,16 @@ def about_published(results: Results, plot: Plot) -> list[str]:
     return [f"Marks at the right edge: scores that others report for ReLU ({study.PUBLISHED_SCORES.name})."]
 
 
+def about_unfinished(results: Results, plot: Plot) -> list[str]:
+    """A sentence for the caption of a figure that shows runs which have not finished."""
+    drawn = results.drawn
+    if plot.draw is not draw_algorithms:
+        of_algorithm = drawn["algorithm"] == plot.runs.algorithm
+        drawn = drawn[of_algorithm & drawn["activation"].isin(shown_activations(results, plot))]
+    unfinished = int((~drawn["finished"]).sum())
+    return [f"Of {plural(len(drawn))} {unfinished} unfinished."] if unfinished else []
+
+
 def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
     """Write a figure as <name>.png and <name>.pdf.
 
@@ -912,6 +922,7 @@ def draw(results: Results, name: str, plot: Plot, out_dir: Path) -> Drawn:
             figure.savefig(buffer, format=suffix, metadata=metadata)
             files.replace(out_dir / f"{name}.{suffix}", lambda file, picture=buffer: file.write(picture.getbuffer()))
     caption = [plot.caption, *about_normalization(results, plot), *about_published(results, plot)]
+    caption += about_unfinished(results, plot)
     if not missing:
         return Drawn(buffer.getvalue(), " ".join(caption), "")
     caption.append(f"Missing here: {'; '.join(what.removeprefix('no ') for what in missing)}.")

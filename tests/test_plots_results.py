@@ -60,10 +60,12 @@ def test_what_is_drawn_unfinished_is_named(tmp_path, runs_dir, capsys):
     """Would catch: prefixes of two runs that stand in tables as if they had finished."""
     for seed, finished in ((1, True), (2, False), (3, False)):
         make_run(runs_dir, "dqn", "Pong", "relu", seed, finished=finished, stop=1.0 if finished else 0.5)
-    draw(runs_dir, tmp_path / "out", "tables", allow_unfinished=True)
+    draw(runs_dir, tmp_path / "out", "study_dqn", "fig01", "tables", allow_unfinished=True)
     line = "drawn unfinished, dqn relu, 2 run(s): Pong 2 at 50,000 of 100,000, 3 at 50,000 of 100,000"
     assert line in capsys.readouterr().err.splitlines()
-    assert f"- {line}\n" in (tmp_path / "out" / "results.md").read_text()
+    tables = (tmp_path / "out" / "results.md").read_text()
+    assert f"- {line}\n" in tables
+    assert tables.count("Of 3 runs 2 unfinished.") == 2
     notes = {row["seed"]: (row["drawn"], row["note"]) for row in rows(tmp_path / "out").values()}
     assert notes == {"1": ("True", ""), "2": ("True", "unfinished"), "3": ("True", "unfinished")}
 
