@@ -16,7 +16,6 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from lan_utils.cli import BadInput, launch, warn
 from plots.events import RETURN, Points, read_events
 from plots.report import markdown_table

@@ -78,11 +78,9 @@ def main(args: Args) -> None:
         for name, run in runs.items():
             values = [value_at(run, tag, step) for step in steps]
             rows.append([quantity, name, *(NOTHING if np.isnan(value) else form.format(value) for value in values)])
-    print(f"Return: mean of the last {LAST_GAMES} games, or of all before the hundredth. All else: mean of what was")
-    print(
-        f"measured in the last {WINDOW:,} agent steps and has a value. Run: algorithm, activation, seed. Columns: agent"
-    )
-    print("steps in millions.\n")
+    print(f"Return: mean of the last {LAST_GAMES} games, or of all before the hundredth.")
+    print(f"All else: mean of what was measured in the last {WINDOW:,} agent steps and has a value.")
+    print("Run: algorithm, activation, seed. Columns: agent steps in millions.\n")
     print(markdown_table(["", "run", *(f"{step / 1e6:g}" for step in steps)], rows), end="")
 
 
