@@ -181,13 +181,11 @@ class RolloutMemory:
         self.added = 0  # vector steps
         shape = (self.steps, num_envs, 84, 84, 4)
         self.frames = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
-        pinned = device.type == "cuda"
-        self.staging = torch.zeros((num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
 
     def add(self, obs: np.ndarray) -> Tensor:
         """Store the observations (num_envs, 4, 84, 84) of a step; returns them on the device."""
         stored = self.frames[self.added % self.steps]
-        stored.copy_(self.staging.copy_(torch.from_numpy(obs)), non_blocking=True)
+        stored.copy_(torch.from_numpy(obs).to(self.device))  # first to the device, which reorders faster
         self.added += 1
         return stored
 

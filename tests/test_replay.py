@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from lan_utils.checkpoint import Checkpoints, Part
 from lan_utils.replay import ReplayMemory, RolloutMemory
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmark"))
 import replay_benchmark
 
 
