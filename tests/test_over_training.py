@@ -50,24 +50,24 @@ def test_means_up_to_each_step_worked_out_by_hand(tmp_path):
     done = run_script(SCRIPT, long, short, whole)
     assert done.stderr == ""
     values, header = cells(done.stdout)
-    assert header == ["0.2", "0.5", "1"]
+    assert header == ["0.2", "0.5", "0.75", "1"]
     relu = {quantity: row for (quantity, run), row in values.items() if run == "PPO relu 1"}
     assert relu == {
-        "return": ["1.5", "2.5", "2.5"],
-        "dead, the paper's count": ["30.0%", "50.0%", "25.0%"],
-        "dead, z divided by its scale": ["60.0%", "10.0%", NOTHING],
-        "constant": ["75.0%", "0.0%", NOTHING],
-        "dormant": [NOTHING, NOTHING, NOTHING],
-        "entropy rank": [NOTHING, NOTHING, NOTHING],
-        "effective rank": [NOTHING, NOTHING, NOTHING],
-        "centred rank": ["300", NOTHING, "300"],
-        "constant, conv1": [NOTHING, NOTHING, NOTHING],
-        "constant, conv2": [NOTHING, NOTHING, NOTHING],
-        "constant, conv3": ["12.5%", NOTHING, NOTHING],
+        "return": ["1.5", "2.5", "2.5", "2.5"],
+        "dead, the paper's count": ["30.0%", "50.0%", NOTHING, "25.0%"],
+        "dead, z divided by its scale": ["60.0%", "10.0%", NOTHING, NOTHING],
+        "constant": ["75.0%", "0.0%", NOTHING, NOTHING],
+        "dormant": [NOTHING, NOTHING, NOTHING, NOTHING],
+        "entropy rank": [NOTHING, NOTHING, NOTHING, NOTHING],
+        "effective rank": [NOTHING, NOTHING, NOTHING, NOTHING],
+        "centred rank": ["300", NOTHING, NOTHING, "300"],
+        "constant, conv1": [NOTHING, NOTHING, NOTHING, NOTHING],
+        "constant, conv2": [NOTHING, NOTHING, NOTHING, NOTHING],
+        "constant, conv3": ["12.5%", NOTHING, NOTHING, NOTHING],
     }
-    assert values["dead, the paper's count", "PPO tanh 1"] == ["10.0%", NOTHING, NOTHING]
-    assert values["return", "PPO tanh 1"] == [NOTHING, NOTHING, NOTHING]
-    assert values["dead, the paper's count", "PPO selu 1"] == [NOTHING, "70.0%", NOTHING]
+    assert values["dead, the paper's count", "PPO tanh 1"] == ["10.0%", NOTHING, NOTHING, NOTHING]
+    assert values["return", "PPO tanh 1"] == [NOTHING] * 4
+    assert values["dead, the paper's count", "PPO selu 1"] == [NOTHING, "70.0%", NOTHING, NOTHING]
 
 
 def test_what_has_no_table_is_refused_and_damage_is_named(tmp_path):
