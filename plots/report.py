@@ -194,7 +194,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
 
 
 def claims_table(claims: pd.DataFrame) -> Table:
-    """All games together, and the returns, which are by game only. `claims.csv` has every game's own rows."""
+    """Claims with a pair of runs: all games together, and the returns, which are by game only."""
 
     def with_ends(row: pd.Series) -> str:
         form = "+.1f" if row["quantity"].startswith(("effective_rank", "final_return")) else "+.3f"
@@ -205,16 +205,18 @@ def claims_table(claims: pd.DataFrame) -> Table:
 
     of_one_game = claims.duplicated(["algorithm", "claim", "quantity", "when"])
     claims = claims[~of_one_game | (claims["quantity"] == "final_return")]
+    has_pairs = claims["pairs"] + claims["without_value"] > 0
+    unpaired = claims[~has_pairs].groupby(["algorithm", "claim", "quantity", "when"]).ngroups
+    claims = claims[has_pairs]
     cells = claims.drop(columns=["difference", "low", "high"])
     cells.insert(5, "difference [95 %]", [with_ends(row) for _, row in claims.iterrows()])
     cells["algorithm"] = cells["algorithm"].str.upper()
-    cells["games"] = cells["games"].replace("", NOTHING)
     cells = cells.rename(columns={"without_value": "without a value"})
     return Table(
         "claims",
         "Claims",
         "The paper's, then those about controls, then whether experiments differ. Difference: first minus second of "
-        "the claim, over pairs of runs of the same game and seed, after training or as the mean over training. "
+        "the claim, over pairs of runs of the same game and seed, at their end or as the mean over training. "
         "Interval: 95 %, Student's t over the paired seeds within each game, then the mean over games (degrees of "
         "freedom after Welch and Satterthwaite); other seeds, not other games. A game with one pair stays out where "
         "others have more. Without a value: further pairs of which a run has none, as `dead_neurons_scaled` where more "
@@ -222,7 +224,8 @@ def claims_table(claims: pd.DataFrame) -> Table:
         "have one). Confirmed: the interval lies wholly on the claim's side of 0; contradicted: wholly on the other; "
         "open: it includes 0, or there are fewer than two pairs. A claim with = is that two experiments do not differ: "
         "it can only be contradicted. "
-        "No correction for the number of claims. Every game on its own: `claims.csv`.",
+        "No correction for the number of claims. Every game on its own: `claims.csv`."
+        + (f" There too: {unpaired} claims for which no pair of runs is drawn." if unpaired else ""),
         cells.astype(str),
     )
 
@@ -310,7 +313,7 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
         Table(
             "table2",
             "Table 2: performance, dead neurons, rank",
-            "After training: mean over games and seeds ± standard deviation over seeds of the mean over games. "
+            "At the runs' end: mean over games and seeds ± standard deviation over seeds of the mean over games. "
             "Dead: by kernel density as in the paper, by a standard deviation below 0.001, by kernel density after "
             "dividing z by the layer's typical standard deviation (no value where more than "
             f"{100 * MOSTLY_CONSTANT:.0f} % of z is constant). Centred: effective rank of z minus each neuron's "
