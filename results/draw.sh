@@ -26,7 +26,7 @@ draw collapse --exp-name double no-double --only study_dqn layers_dqn tables
 print_into results/collapse/deaths.md experiments/layer_deaths.py results/collapse/runs/* \
     results/study/runs/BreakoutNoFrameskip-v4__dqn_atari_lan__{relu,sigmoid}__*
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
-draw full --allow-unfinished --only study_ppo layers_ppo fig17 tables
+draw full --allow-unfinished --only study_ppo layers_ppo study_pqn layers_pqn fig17 tables
 print_into results/full/over_training.md experiments/over_training.py results/full/runs/*
 draw full/h200 --allow-unfinished --only study_ppo
 print_into results/full/h200/over_training.md experiments/over_training.py results/full/h200/runs/*
