@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's idea in three minutes on two CPU cores: PPO learns Breakout twice,
+# The paper's idea in a few minutes on two CPU cores: PPO learns Breakout twice,
 # side by side, with ReLU and with a tanh LaN as its last hidden layer; then it
 # compares their neurons in a table and in one picture.
 #   bash scripts/quickstart.sh             makes .venv first if it is missing
