@@ -204,10 +204,8 @@ def claims_table(claims: pd.DataFrame) -> Table:
         return f"{row['difference']:{form}}{ends}"
 
     of_one_game = claims.duplicated(["algorithm", "claim", "quantity", "when"])
-    claims = claims[~of_one_game | (claims["quantity"] == "final_return")]
-    has_pairs = claims["pairs"] + claims["without_value"] > 0
-    unpaired = claims[~has_pairs].groupby(["algorithm", "claim", "quantity", "when"]).ngroups
-    claims = claims[has_pairs]
+    unpaired = claims["games"] == ""
+    claims = claims[~unpaired & (~of_one_game | (claims["quantity"] == "final_return"))]
     cells = claims.drop(columns=["difference", "low", "high"])
     cells.insert(5, "difference [95 %]", [with_ends(row) for _, row in claims.iterrows()])
     cells["algorithm"] = cells["algorithm"].str.upper()
@@ -225,7 +223,7 @@ def claims_table(claims: pd.DataFrame) -> Table:
         "open: it includes 0, or there are fewer than two pairs. A claim with = is that two experiments do not differ: "
         "it can only be contradicted. "
         "No correction for the number of claims. Every game on its own: `claims.csv`."
-        + (f" There too: {unpaired} claims for which no pair of runs is drawn." if unpaired else ""),
+        + (f" There too: {unpaired.sum()} claims for which no pair of runs is drawn." if unpaired.any() else ""),
         cells.astype(str),
     )
 
