@@ -28,6 +28,6 @@ print_into results/collapse/deaths.md experiments/layer_deaths.py results/collap
 draw controls results/study/runs --exp-name ppo_atari_lan --only controls_ppo layers_ppo tables
 draw full --allow-unfinished --only study_ppo layers_ppo study_pqn layers_pqn fig17 tables
 print_into results/full/over_training.md experiments/over_training.py results/full/runs/*
-draw full/h200 --allow-unfinished --only study_ppo
-print_into results/full/h200/over_training.md experiments/over_training.py results/full/h200/runs/*
+draw full/xeon --allow-unfinished --only study_ppo
+print_into results/full/xeon/over_training.md experiments/over_training.py results/full/xeon/runs/*
 exit "$failed"
