@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lan_utils.atari import WholeGames, play_games
 from lan_utils.checkpoint import LoopState
-from lan_utils.checks import check_flags, check_memory, cuda_memory, require
+from lan_utils.checks import check_flags, check_memory, check_width, cuda_memory, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.replay import Batch, ReplayMemory
@@ -317,11 +317,11 @@ def check_relations(args: Args) -> None:
     Raises:
         BadInput
     """
-    total, batch, width = args.total_timesteps, args.batch_size, REPRESENTATIONS[args.activation].width
+    total, batch = args.total_timesteps, args.batch_size
     require(args.learning_starts <= total, args, "learning_starts", f"not exceed --total-timesteps {total}")
     require(args.learning_starts >= batch, args, "learning_starts", f"be at least --batch-size {batch}")
     require(args.buffer_size >= batch, args, "buffer_size", f"be at least --batch-size {batch}")
-    require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    check_width(args, REPRESENTATIONS[args.activation].width)
     largest = f"--buffer-size {args.buffer_size:,} and --batch-size {batch:,}"
     check_memory(memory_needed(args), f"most of it is set by {largest}: lower them")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lan_utils.atari import AleGames, VectorGames, WholeGames, play_games
 from lan_utils.checkpoint import LoopState
-from lan_utils.checks import check_flags, check_memory, cuda_memory, refuse_unless, require
+from lan_utils.checks import check_flags, check_memory, check_width, cuda_memory, refuse_unless, require
 from lan_utils.cli import launch
 from lan_utils.flags import RunArgs
 from lan_utils.machine import share_of_cores
@@ -386,8 +386,7 @@ def check_relations(args: Args) -> None:
     Raises:
         BadInput
     """
-    width = REPRESENTATIONS[args.activation].width
-    require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    check_width(args, REPRESENTATIONS[args.activation].width)
     rollout, product = args.num_envs * args.num_steps, f"--num-envs {args.num_envs} times --num-steps {args.num_steps}"
     require(rollout % args.num_minibatches == 0, args, "num_minibatches", f"divide {product} = {rollout}")
     # A single transition has no standard deviation to normalise by.

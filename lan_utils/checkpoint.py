@@ -228,7 +228,7 @@ def restore(things: dict[str, Any], state: dict[str, Any]) -> None:
         try:
             thing.load_state_dict(state[name])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"its {name} does not fit ({str(error).split(chr(10))[0][:80]})") from None
+            raise ValueError(f"its {name} does not fit ({' '.join(str(error).split())[:160]})") from None
 
 
 # ------------------------------------------------------------------------------------------- random states

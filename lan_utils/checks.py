@@ -7,7 +7,7 @@ import os
 import resource
 import tempfile
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -20,7 +20,7 @@ from lan_utils import machine
 from lan_utils.atari import film_writer
 from lan_utils.cli import BadInput
 from lan_utils.flags import RunArgs
-from lan_utils.study import run_name
+from lan_utils.study import run_name, style
 
 gym.register_envs(ale_py)
 
@@ -107,8 +107,8 @@ def check_flags(args: RunArgs) -> None:
     Raises:
         BadInput
     """
-    check_env_id(args.env_id)
     check_ranges(args)
+    check_env_id(args.env_id)
     for name in ("runs_dir", "exp_name"):
         value = getattr(args, name)
         require(value.strip() != "" and value.isprintable(), args, name, "be a printable name")
@@ -125,16 +125,36 @@ def check_flags(args: RunArgs) -> None:
     check_runs_dir(args.runs_dir)
 
 
+def check_width(args: RunArgs, width: int) -> None:
+    """Refuse fewer --metrics-samples than z has neurons, and a width that plots cannot tell from the activation's name.
+
+    Args:
+        width: of z.
+
+    Raises:
+        BadInput
+    """
+    require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    shown = style(args.activation).width
+    refuse_unless(
+        shown == width,
+        f"z of {args.activation} has {width} neurons, and plots would take its name for {shown}; end the name with "
+        f"-{width}, or give it a Style with this width in ACTIVATIONS of lan_utils/study.py",
+    )
+
+
 def check_ranges(args: Any) -> None:
-    """Refuse a flag out of the range that its annotation gives, such as `Annotated[float, Gt(0)]`.
+    """Refuse a flag that is not of its annotation's type, such as a `Literal`, or out of its range, such as `Gt(0)`.
 
     Every number has to be finite, and a whole one below 2**53, which JSON and TensorBoard still count exactly.
 
     Raises:
         BadInput
     """
+    plain = get_type_hints(type(args))
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
+        _check_type(args, name, plain[name])
         if not isinstance(value, (int, float)):
             continue
         require(math.isfinite(value), args, name, "be finite")
@@ -144,6 +164,22 @@ def check_ranges(args: Any) -> None:
                 is_within, expected = _within(value, limit)
                 none = ", or None" if type(None) in get_args(hint) else ""
                 require(is_within, args, name, expected + none)
+
+
+def _check_type(args: Any, name: str, hint: Any) -> None:
+    """The command line gives each flag its type; a call of `main` may not."""
+    value, options = getattr(args, name), get_args(hint)
+    if get_origin(hint) is Literal:
+        require(value in options, args, name, f"be one of {', '.join(map(str, options))}")
+        return
+    if type(None) in options:
+        if value is None:
+            return
+        hint = next(option for option in options if option is not type(None))
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    if hint in kinds:
+        fits = isinstance(value, (int, float) if hint is float else hint)
+        require(fits and (hint is bool or not isinstance(value, bool)), args, name, f"be {kinds[hint]}")
 
 
 def _within(value: float, limit: Any) -> tuple[bool, str]:

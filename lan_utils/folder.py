@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,21 +210,30 @@ class RunFolder:
         replace(self.path / name, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
     def record_changes(self, old: dict[str, Any], new: dict[str, Any], step: int) -> None:
-        """Warn of what has changed since the run began, and write it under `resumes` in its config.json."""
+        """Warn of what has changed since the run was last trained, and write it under `resumes` in its config.json."""
         if "versions" not in old:  # all that is known are the flags
             warn(f"{self.path}/config.json was missing: the checkpoints tell its flags, not the versions it began with")
             self.write_config(new)
             return
-        changes = {key: new[key] for key in ("versions", "commit", "device", "hardware", "threads")}
-        changes = {key: value for key, value in changes.items() if old.get(key) != value}
+        resumes = old["resumes"] if isinstance(old.get("resumes"), list) else []
+        known = {key: value for part in (old, *resumes) for key, value in part.items()}  # as it was trained last
+        changes = {
+            key: new[key]
+            for key in ("versions", "commit", "code", "device", "hardware", "threads")
+            if key in known and known[key] != new[key]
+        }
         for key, now in changes.items():
-            was = old.get(key)
+            was = known[key]
             if key == "versions":
                 was = {name: was.get(name) for name in now if was.get(name) != now[name]}
                 now = {name: now[name] for name in was}
-            warn(f"this run began with {key} {was}, now {now}: it may not continue bit for bit")
+            if key != "commit" or known.get("code") != new["code"]:  # a commit may change what trains nothing
+                warn(f"so far this run had {key} {was}, now {now}: it may not continue bit for bit")
+        flags = {name: value for part in (old, *resumes) for name, value in part.get("args", {}).items()}
+        flags = {name: value for name, value in new["args"].items() if name in flags and flags[name] != value}
+        if flags:
+            changes["args"] = flags
         if changes:
-            resumes = old.get("resumes") if isinstance(old.get("resumes"), list) else []
             self.write_config(old | {"resumes": [*resumes, {"step": step, **changes}]})
 
     def _event_files(self) -> list[Path]:
@@ -282,23 +292,30 @@ class RunFolder:
         self._write_json("status.json", status)
 
 
-def describe(algorithm: str, args: RunArgs, device: torch.device, parameters: int) -> dict[str, Any]:
-    """What config.json says about a run that begins now.
-
-    Args:
-        parameters: of the network.
-    """
+def describe(algorithm: str, args: RunArgs, device: torch.device, network: torch.nn.Module) -> dict[str, Any]:
+    """What config.json says about a run that begins now."""
     return {
         "algorithm": algorithm,
         "args": dataclasses.asdict(args),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _commit(),
+        "code": _code(network),
         "device": str(device),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
-        "parameters": parameters,
+        "parameters": sum(weight.numel() for weight in network.parameters()),
     }
+
+
+def _code(network: torch.nn.Module) -> str:
+    """The first digits of a SHA-256 of what trains: the network's script (none in a notebook), lan_utils, metrics.py.
+
+    A commit does not tell one change of a script from the next.
+    """
+    script = getattr(sys.modules[type(network).__module__], "__file__", None)
+    files = [*sorted((ROOT / "lan_utils").glob("*.py")), ROOT / "metrics.py", *([Path(script)] if script else [])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _commit() -> str | None:

@@ -198,8 +198,7 @@ class Run:
         at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
         at_the_end.push(self._leave)
         network = next(iter(things.values()))
-        parameters = sum(weight.numel() for weight in network.parameters())
-        config = describe(self.algorithm, self.args, self.device, parameters)
+        config = describe(self.algorithm, self.args, self.device, network)
         old = self.folder.claim()
         if old is None:
             self.folder.write_config(config)
@@ -222,8 +221,10 @@ class Run:
         """Restore the newest whole checkpoint, and cut the event files back to it.
 
         Raises:
-            BadInput: there are checkpoints and none is whole, one is another run's, or they are gone.
+            BadInput: there are checkpoints and none is whole or fits this script, one is another run's, or they are
+                gone.
         """
+        misfit = ""  # why the newest whole checkpoint is not this script's
         events: dict[str, tuple[int, str]] = {}
         for state in self.checkpoints.load():
             file = self.checkpoints.folder / f"{state['step']:010d}.ckpt"
@@ -243,12 +244,18 @@ class Run:
                     weight.grad = torch.empty_like(weight).copy_(gradient)
                 checkpoint.restore_random_states(state["random"], self.rng, self.device)
             except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-                what = str(error).split("\n", 1)[0][:160]
+                what = " ".join(str(error).split())[:240]
+                misfit = misfit or what
                 warn(f"{file} is not a checkpoint of this script: {what}; trying the checkpoint before it")
                 del self.checkpoints.parts[state["step"]]
                 continue
             self.returns.extend(returns)
             self.step = self._saved = state["step"]
+        refuse_unless(
+            self._saved is not None or not misfit,
+            f"the newest whole checkpoint in {self.checkpoints.folder} is not of this script: {misfit}; nothing was "
+            "changed: undo what was changed in the script since then, or train it as another run with --exp-name",
+        )
         if self._saved is None and self.checkpoints:
             raise BadInput(
                 f"none of the {len(list(self.checkpoints.folder.glob('*.ckpt')))} checkpoints in "

@@ -21,7 +21,7 @@ POINT = np.dtype([("step", "i8"), ("value", "f4")])  # agent step; value of the 
 RETURN, REPRESENTATION, LAYERS = "charts/episodic_return", "representation/", "layers/"
 EVALUATION = "eval/"
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 CACHE_NAME = re.compile(r"plot_results-[0-9a-f]{40}\.npz")  # of every file that this program puts into its cache
 
 
@@ -147,7 +147,14 @@ def read_events(files: Sequence[Path]) -> tuple[dict[str, Points], int, list[str
     last_step = max(0, *(max(steps, default=0) for steps, _ in found.values())) if found else 0
     found.pop("", None)
     points = {}
-    for tag, (steps, values) in sorted(found.items()):
+    layers = [tag.split("/")[1] for tag in found if tag.startswith(LAYERS)]  # in the order in which a run measures them
+
+    def place(tag: str) -> tuple[str, int, str]:
+        kind, name = tag.split("/")[:2]
+        return kind, layers.index(name) if tag.startswith(LAYERS) else 0, tag
+
+    for tag in sorted(found, key=place):
+        steps, values = found[tag]
         tagged = np.empty(len(steps), POINT)
         tagged["step"], tagged["value"] = steps, values
         tagged = tagged[np.argsort(tagged["step"], kind="stable")]

@@ -45,6 +45,7 @@ class RecordedRun:
     seed: int
     flags: dict[str, Any]
     finished: bool
+    code: str = ""  # config.json's, and those of later resumes; "" of older runs
     left_out: str = ""  # why it is not drawn
     agent_steps: int = 0
     points: dict[str, Points] = field(default_factory=dict)
@@ -97,7 +98,10 @@ def read_config(folder: Path) -> RecordedRun | None:
         return None
     algorithm, env_id, activation = map(printable, (*names[:2], study.group_of(flags)))
     game = env_id.removesuffix("NoFrameskip-v4")
-    return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder))
+    resumes = config["resumes"] if isinstance(config.get("resumes"), list) else []
+    codes = [part["code"] for part in (config, *resumes) if isinstance(part, dict) and part.get("code")]
+    code = printable(", then ".join(map(str, codes)))
+    return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder), code)
 
 
 def read_run(folder: Path) -> RecordedRun:
@@ -314,11 +318,17 @@ def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
     for algorithm, exp_name, found in by_experiment(runs):
         drawn = [run for run in found if not run.left_out]
         whose = f"{algorithm} runs of {exp_name}" if exp_name else f"{algorithm} runs"
+        sides: dict[str, dict[str, list[str]]] = {}
         for flag in sorted({flag for run in drawn for flag in run.flags} - harmless):
-            values = defaultdict(list)
+            values = sides[f"differ in --{printable(flag).replace('_', '-')}"] = defaultdict(list)
             for run in drawn:
                 value = json.dumps(run.flags[flag]) if flag in run.flags else "not recorded"  # an older script's run
                 values[value].append(run.name)
+        codes = sides["were trained by different code"] = defaultdict(list)
+        for run in drawn:
+            if run.code:
+                codes[run.code].append(run.name)
+        for what, values in sides.items():
             if len(values) > 1:
                 ranked = sorted(values.items(), key=lambda item: -len(item[1]))
                 which = "; ".join(
@@ -326,7 +336,7 @@ def describe_runs(runs: Sequence[RecordedRun]) -> list[str]:
                     + (f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if i else "")
                     for i, (value, names) in enumerate(ranked)
                 )
-                lines.append(f"mixed, {whose} differ in --{printable(flag).replace('_', '-')}: {which}")
+                lines.append(f"mixed, {whose} {what}: {which}")
     lines += [f"damaged, {run.name}: {printable(', '.join(run.problems))}" for run in runs if run.problems]
     return lines
 
@@ -406,9 +416,9 @@ class Results:
         found = self._groups.get((algorithm, activation, quantity), {})
         return {name: dict(seeds) for name, seeds in found.items() if game in (None, name)}
 
-    def quantities(self, algorithm: str, activation: str) -> set[str]:
+    def quantities(self, algorithm: str, activation: str) -> list[str]:
         """Those of which a run has a curve."""
-        return {quantity for *group, quantity in self._groups if group == [algorithm, activation]}
+        return [quantity for *group, quantity in self._groups if group == [algorithm, activation]]
 
     def final_values(self, algorithm: str, activation: str, quantity: str) -> ByGame:
         """{game: {seed: value}} of the drawn runs that have it."""
@@ -473,18 +483,22 @@ def finals_of(run: RecordedRun) -> dict[str, float]:
 
 
 def in_network_order(layers: Iterable[str]) -> list[str]:
-    """Names of layers from the network's input to z; a layer's factors (`z_enc`, ...) come before it."""
-    names = set(layers)
+    """Names of layers from the network's input up: in the order given, a layer's factors (`z_enc`, ...) before it."""
+    names = list(layers)
 
-    def place(name: str) -> tuple[bool, str, bool, str]:
+    def place(name: str) -> tuple[int, bool]:
         whole = next((other for other in names if name.startswith(f"{other}_")), name)
-        return whole == "z", whole, whole == name, name
+        return names.index(whole), whole == name
 
     return sorted(names, key=place)
 
 
 def layers_of(quantities: Iterable[str]) -> list[str]:
-    """Of which layers these quantities, or tags, say how many units are constant."""
+    """Of which layers these quantities, or tags, say how many units are constant: from the network's input up.
+
+    Args:
+        quantities: in the order in which a run measures its layers.
+    """
     found = (name.removeprefix(LAYERS).removesuffix("/constant") for name in quantities if is_of_layers(name))
     return in_network_order(found)
 

@@ -78,7 +78,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
     refuse_unless(os.path.lexists(file), f"{folder} is not a run's folder (no config.json); name {hint}")
     config = read_json(file)
     algorithm, flags = config.get("algorithm"), config.get("args")
-    kinds = {"env_id": str, "activation": str, "seed": int, "dead_threshold": float, "metrics_samples": int}
+    kinds = {"env_id": str, "activation": str, "seed": int, "dead_threshold": (int, float), "metrics_samples": int}
     is_config = isinstance(algorithm, str) and isinstance(flags, dict)
     is_config = is_config and all(isinstance(flags.get(name), kind) for name, kind in kinds.items())
     refuse_unless(is_config, f"{file} is damaged, or not what a run writes; restore it from a backup")

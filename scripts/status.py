@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import Positional, arg
 
@@ -30,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lan_utils import flags
 from lan_utils.cli import BadInput, launch
 from lan_utils.files import read_json
-from lan_utils.study import ROOT, dqn_disk, dqn_memory, run_name
+from lan_utils.study import NEUTRAL_FLAGS, ROOT, dqn_disk, dqn_memory, run_name
 
 STATES = ("finished", "running", "failed", "stopped", "waiting", "unreadable")
 START = re.compile(r"^=== \S+ start in process (\d+) on (\S+) (?:as Slurm job (\S+) )?with ", re.MULTILINE)
 EXIT = re.compile(r"^=== \S+ exit (\d+)$", re.MULTILINE)
+WAITS = re.compile(r"^=== \S+ waits$", re.MULTILINE)
 STOPPED = ("129", "130", "138", "140", "143", "152")  # exit codes of a run that a signal stopped and that resumes
 LOG_TAIL = 20_000  # bytes
 OTHER_RAM, OTHER_DISK = 2500, 1500  # MB, of a run without a replay memory: PPO with 8 games, PQN with 128
@@ -67,6 +68,7 @@ class Job(NamedTuple):
     command: str
     ram: int  # MB, as disk
     disk: int
+    flags: dict[str, Any]  # as the line gives them, or the script's plain defaults
 
 
 class Status(NamedTuple):
@@ -111,9 +113,14 @@ def parse_job(number: int, text: str) -> Job | None:
     if not values:
         raise BadInput(f"{line}: {script} is not a training script: it has no class Args")
     for word, following in itertools.pairwise([*words[2:], ""]):
-        name, has_value, value = word.partition("=")
-        if name.startswith("--"):
-            values[name.removeprefix("--").replace("-", "_")] = value if has_value else following
+        word, has_value, value = word.partition("=")
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and isinstance(values.get(name), bool):
+            values[name] = True
+        elif word.startswith("--no-") and isinstance(values.get(name[3:]), bool):
+            values[name[3:]] = False
+        elif word.startswith("--"):
+            values[name] = value if has_value else following
     if values["overwrite"] is not False:
         raise BadInput(
             f"{line}: --overwrite would delete the run whenever it is resumed; "
@@ -140,7 +147,9 @@ def parse_job(number: int, text: str) -> Job | None:
         transitions = min(args.buffer_size, args.total_timesteps)
         ram = dqn_memory(args.env_id, transitions, args.batch_size) // 1_000_000
         disk = dqn_disk(args.env_id, transitions) // 1_000_000
-    return Job(number, script, Path(args.runs_dir, name), log, args.total_timesteps, shlex.join(words), ram, disk)
+    return Job(
+        number, script, Path(args.runs_dir, name), log, args.total_timesteps, shlex.join(words), ram, disk, values
+    )
 
 
 def read_jobs(file: str) -> list[Job]:
@@ -227,6 +236,26 @@ def read_log(log: str) -> str:
         return ""
 
 
+def other_flags(job: Job) -> str:
+    """Those of its line with which the run in its folder was not trained: the script would refuse them. "": none."""
+    trained = read_json(job.folder / "config.json").get("args")
+    trained = trained if isinstance(trained, dict) else {}
+    differing = [
+        f"--{name.replace('_', '-')} {trained[name]}, not {value}"
+        for name, value in job.flags.items()
+        if name in trained and name not in NEUTRAL_FLAGS and not is_same(value, trained[name])
+    ]
+    return ", ".join(differing)
+
+
+def is_same(given: Any, trained: Any) -> bool:
+    """Is the text of a flag the value that it had? 2.5e-4 is 0.00025."""
+    try:
+        return float(given) == float(trained)
+    except (TypeError, ValueError):
+        return str(given) == str(trained)
+
+
 def status_of(job: Job) -> Status:
     """The state of a run by its status.json, its lock and the launcher's log."""
     try:
@@ -244,6 +273,9 @@ def read_status(job: Job) -> Status:
     log = read_log(job.log)
     model = job.folder / "model.pt"
     if state == "finished" or (not status and model.is_file() and model.stat().st_size):
+        other = other_flags(job)
+        if other:
+            return Status("failed", step, note=f"it has finished with other flags: {other}")
         return Status("finished", step or job.steps, speed)
 
     start = [None, *START.finditer(log)][-1]
@@ -256,6 +288,8 @@ def read_status(job: Job) -> Status:
         or (may_be_unseen and abs(time.time() - status.get("updated", 0)) < FRESH_SECONDS)
         or (not ended and (is_alive(pid, host, job.log) or slurm_state == "RUNNING"))
     ):
+        if start and WAITS.search(log, start.end()):
+            return Status("running", step, note="waits for free memory or disk")
         return Status("running", step, speed)
 
     of_run = step, speed, "", read_json(job.folder / "config.json").get("threads") or 0

@@ -13,6 +13,8 @@ set -uo pipefail
 
 TRIES=3
 CHECKPOINT_SECONDS=120 # for a stopped run to write its checkpoint
+WAIT_SECONDS=300 # until a run that found too little memory or disk is tried again
+SHORTAGE='not enough memory|No space left|Disk quota exceeded' # in the last line of such a run
 RUN_GPU_MEMORY=2000 # MB of a GPU; 1,100 to 1,550 were measured on one (docs/speed.md)
 RUN_CUDA_RAM=1400 # MB that CUDA adds to a run's RAM, as checks.py has it
 
@@ -27,7 +29,7 @@ end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
 # run SLOT THREADS LOG COMMAND: runs one job of the list and returns its exit code. Slot 0: Slurm has set device and
 # threads. THREADS: how many an unfinished run began with, or -
 run() {
-    local slot=$1 threads=$2 log=$3 command=$4 name slurm= training= stopped= warned= code start=$SECONDS
+    local slot=$1 threads=$2 log=$3 command=$4 name slurm= training= stopped= warned= waiting= missing code start=$SECONDS
     name=$(basename "$log" .log)
     if ((slot == 0)); then
         slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
@@ -45,18 +47,34 @@ run() {
     # only. What other systems send may reach the training too, which counts two within a second as one.
     trap 'stopped=1' TERM
     trap 'warned=1; [[ -z $training ]] || kill -TERM "$training"' HUP USR1 USR2 XCPU
-    end_line "$log"
-    echo "=== $(date -Is) start in process $$ on $HOSTNAME ${slurm}with" \
-        "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $command" >> "$log" || return 2
-    [[ -z $stopped$warned ]] || return 143
-    eval "exec $command" < /dev/null >> "$log" 2>&1 &
-    training=$!
-    [[ -z $warned ]] || kill -TERM "$training" # the warning came in between
-    while kill -0 "$training" 2> /dev/null; do wait "$training" 2> /dev/null; done
-    wait "$training" 2> /dev/null
-    code=$?
-    end_line "$log"
-    echo "=== $(date -Is) exit $code" >> "$log"
+    while true; do
+        missing=$({ end_line "$log" && echo "=== $(date -Is) start in process $$ on $HOSTNAME ${slurm}with" \
+            "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-all} OMP_NUM_THREADS=$OMP_NUM_THREADS: $command" >> "$log"; } 2>&1)
+        code=$?
+        [[ -z $stopped$warned ]] || return 143
+        if ((code)); then
+            code=2
+            [[ -n $waiting ]] || echo "$missing" >&2
+        else
+            eval "exec $command" < /dev/null >> "$log" 2>&1 &
+            training=$!
+            [[ -z $warned ]] || kill -TERM "$training" # the warning came in between
+            while kill -0 "$training" 2> /dev/null; do wait "$training" 2> /dev/null; done
+            wait "$training" 2> /dev/null
+            code=$?
+            training= missing=$(tail -n 1 "$log")
+        fi
+        # A shortage that passes must not make the rest of a list fail within minutes.
+        [[ $code =~ ^[12]$ && $missing =~ $SHORTAGE && -n ${SWEEP_WAITS-} && -z $stopped$warned ]] || break
+        [[ -n $waiting ]] || echo "$(date +%T) waits, ${BASH_REMATCH[0],}: $name"
+        waiting=1
+        { end_line "$log" && echo "=== $(date -Is) waits" >> "$log"; } 2> /dev/null
+        sleep "$WAIT_SECONDS" &
+        wait $!
+        kill $! 2> /dev/null
+        [[ -z $stopped$warned ]] || return 143
+    done
+    { end_line "$log" && echo "=== $(date -Is) exit $code" >> "$log"; } 2> /dev/null
     case $code in
         0) echo "$(date +%T) finished in $((SECONDS - start)) s: $name" ;;
         129 | 130 | 138 | 140 | 143 | 152) echo "$(date +%T) stopped: $name" ;;
@@ -179,6 +197,7 @@ while read -r folder; do
     mkdir -p "$folder" 2> /dev/null && [[ -w $folder ]] || fail "cannot write in $folder; name another --runs-dir"
 done < <(in_state "$TODO" | cut -f 4 | xargs -d '\n' dirname | sort -u)
 export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
+((ram < RUN_RAM || disk < RUN_DISK)) || export SWEEP_WAITS=1 # what never fitted would wait for ever
 bar=()
 [[ ! -t 2 ]] || bar=(--bar)
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
@@ -163,6 +164,44 @@ def test_a_number_out_of_its_range_is_one_line_and_exit_code_2(monkeypatch, caps
             assert "; it must " in stderr
             assert stderr.count("\n") == 1
             assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"activation": "rleu"}, "--activation is rleu; it must be one of relu, tanh, "),
+        ({"conv_activation": "wide-1024"}, "--conv-activation is wide-1024; it must be one of relu, "),
+        ({"env_backend": "ALE"}, "--env-backend is ALE; it must be one of gymnasium, ale"),
+        ({"runs_dir": Path("runs")}, "--runs-dir is runs; it must be text"),
+        ({"env_id": None}, "--env-id is None; it must be text"),
+        ({"seed": 1.0}, "--seed is 1.0; it must be a whole number"),
+        ({"num_envs": "8"}, "--num-envs is 8; it must be a whole number"),
+        ({"gamma": "0.9"}, "--gamma is 0.9; it must be a number"),
+        ({"target_kl": "0.1"}, "--target-kl is 0.1; it must be a number"),
+        ({"total_timesteps": True}, "--total-timesteps is True; it must be a whole number"),
+        ({"anneal_lr": "False"}, "--anneal-lr is False; it must be True or False"),
+    ],
+)
+def test_flags_of_a_call_from_python_have_their_types(tmp_path, flags, message):
+    """In a notebook nothing reads them from text. Would catch: a KeyError; "ALE" that silently trains gymnasium's
+    games; a run that fails hours later."""
+    with pytest.raises(BadInput) as refused:
+        ppo.main(ppo.Args(**{"runs_dir": str(tmp_path)} | flags))
+    assert str(refused.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+    checks.check_flags(ppo.Args(runs_dir=str(tmp_path), gamma=1, dead_threshold=20, target_kl=None))
+
+
+def test_a_width_that_plots_cannot_tell_is_refused(monkeypatch, tmp_path):
+    """Would catch: a rank share that is twice too large; a rank above the axis of a plot; a number in a name that
+    plots take for a width."""
+    for name, width in (("my-wide", 1024), ("tanh-1000", 512)):
+        monkeypatch.setitem(ppo.REPRESENTATIONS, name, ppo.Recipe((torch.nn.Tanh,), width=width, outputs=width))
+        with pytest.raises(BadInput, match=rf"^z of {name} has {width} neurons, and plots would take its name for "):
+            ppo.check_relations(ppo.Args(activation=name))
+    for name, recipe in ppo.REPRESENTATIONS.items():
+        if name not in ("my-wide", "tanh-1000"):
+            checks.check_width(ppo.Args(activation=name), recipe.width)
 
 
 class FakeWandb(types.ModuleType):

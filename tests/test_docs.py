@@ -15,6 +15,7 @@ from lan_utils import study
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "results").glob("*/*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # Flags of other programs, and none of this project's.

@@ -305,41 +305,107 @@ def test_foreign_content_under_a_valid_digest_is_passed_over(tmp_path, capsys, d
 
 
 def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, capsys):
-    """Would catch: a silent resume under another torch, commit, device, GPU or thread count."""
+    """Would catch: a silent resume under another torch, commit, code, device, GPU or thread count; a return to what
+    there was at first that is not recorded, as if the run had gone on elsewhere; a changed evaluation nobody sees."""
     path = begin(tmp_path).folder.path
     first = json.loads((path / "config.json").read_text())
     assert first["device"] == "cpu"
     assert first["hardware"] == folder.hardware(CPU) != ""
     assert first["threads"] == torch.get_num_threads()
-    assert first.keys() >= {"algorithm", "args", "versions", "commit", "device", "parameters"}
+    assert first.keys() >= {"algorithm", "args", "versions", "commit", "code", "device", "parameters"}
     assert first["parameters"] == 8
     assert first["args"]["target_network_frequency"] == 1000
     assert "resumes" not in first
     begin(tmp_path)
     assert json.loads((path / "config.json").read_text()) == first
     assert capsys.readouterr().err == ""
+
+    network = torch.nn.Linear(3, 2)
+    args = dqn.Args(runs_dir=str(tmp_path))
+    before = folder.describe("dqn", args, CPU, network)
     monkeypatch.setattr(folder.importlib.metadata, "version", lambda name: "0.1" if name == "torch" else "1.0")
     monkeypatch.setattr(folder, "_commit", lambda: "abc")
+    monkeypatch.setattr(folder, "_code", lambda network: "123")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Abacus")
-    args = dqn.Args(runs_dir=str(tmp_path))
-    config = folder.describe("dqn", args, torch.device("cuda"), 8)
+    args = dqn.Args(runs_dir=str(tmp_path), eval_episodes=3)
+    config = folder.describe("dqn", args, torch.device("cuda"), network)
     run_folder = RunFolder("dqn", args)
-    old = run_folder.claim()
-    run_folder.record_changes(old, config, step=0)
+    run_folder.record_changes(run_folder.claim(), config, step=7)
     warnings = capsys.readouterr().err
-    assert "warning: this run began with versions {'torch': '2." in warnings
-    assert "warning: this run began with device cpu, now cuda: it may not continue bit for bit" in warnings
-    assert f"warning: this run began with commit {first['commit']}, now abc" in warnings
-    assert f"warning: this run began with threads {first['threads']}, now 3" in warnings
-    assert f"warning: this run began with hardware {first['hardware']}, now NVIDIA Abacus" in warnings
+    assert "warning: so far this run had versions {'torch': '2." in warnings
+    assert "warning: so far this run had device cpu, now cuda: it may not continue bit for bit" in warnings
+    assert f"warning: so far this run had commit {first['commit']}, now abc" in warnings
+    assert f"warning: so far this run had code {first['code']}, now 123" in warnings
+    assert f"warning: so far this run had threads {first['threads']}, now 3" in warnings
+    assert f"warning: so far this run had hardware {first['hardware']}, now NVIDIA Abacus" in warnings
+    assert "eval" not in warnings  # it changes nothing of the training
     now = json.loads((path / "config.json").read_text())
     (resume,) = now.pop("resumes")
     assert now == first
-    assert resume["step"] == 0
-    assert (resume["device"], resume["commit"], resume["threads"]) == ("cuda", "abc", 3)
+    assert resume["step"] == 7
+    assert (resume["device"], resume["commit"], resume["code"], resume["threads"]) == ("cuda", "abc", "123", 3)
     assert resume["hardware"] == "NVIDIA Abacus"
     assert resume["versions"]["torch"] == "0.1"
+    assert resume["args"] == {"eval_episodes": 3}
+
+    run_folder.record_changes(run_folder.claim(), config, step=8)  # the same again: nothing new
+    assert capsys.readouterr().err == ""
+    run_folder.record_changes(run_folder.claim(), before, step=9)
+    assert "warning: so far this run had device cuda, now cpu: it may not continue" in capsys.readouterr().err
+    _, back = json.loads((path / "config.json").read_text())["resumes"]
+    assert (back["step"], back["device"], back["commit"]) == (9, "cpu", first["commit"])
+    assert back["args"] == {"eval_episodes": 0}
+    run_folder.record_changes(run_folder.claim(), before | {"commit": "def"}, step=10)
+    assert capsys.readouterr().err == ""  # another commit with the same code, such as one of the documentation
+    assert json.loads((path / "config.json").read_text())["resumes"][2] == {"step": 10, "commit": "def"}
+
+
+def test_the_code_of_a_run_is_its_script_and_what_it_imports_here(monkeypatch, tmp_path):
+    """Would catch: two changes of one script that are both "-dirty"; a script outside of git that no commit holds."""
+
+    def code_of(script):
+        (tmp_path / "my_script.py").write_text(script)
+        module = types.ModuleType("my_script")
+        module.__file__ = str(tmp_path / "my_script.py")
+        monkeypatch.setitem(sys.modules, "my_script", module)
+        exec(script, module.__dict__)
+        return folder._code(module.Network())
+
+    network = "import torch\nclass Network(torch.nn.Linear):\n    def __init__(self): super().__init__(3, 2)\n"
+    first = code_of(network)
+    assert code_of(network) == first
+    assert code_of(network + "# gamma = 0.9\n") != first
+    monkeypatch.delattr(sys.modules["my_script"], "__file__")  # as in a notebook
+    assert folder._code(sys.modules["my_script"].Network()) not in (first, "")
+    shutil.copytree(folder.ROOT / "lan_utils", tmp_path / "lan_utils")
+    shutil.copy(folder.ROOT / "metrics.py", tmp_path)
+    before = folder._code(torch.nn.Linear(3, 2))
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    assert folder._code(torch.nn.Linear(3, 2)) == before
+    for name in ("metrics.py", "lan_utils/replay.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
+        assert folder._code(torch.nn.Linear(3, 2)) != before
+        before = folder._code(torch.nn.Linear(3, 2))
+
+
+def test_checkpoints_of_a_changed_script_are_not_called_damaged(tmp_path):
+    """Would catch: advice to delete weeks of training, where undoing an edit resumes them; a reason that is cut off."""
+    path = with_points(begin(tmp_path), checkpoints=(4, 5))
+    before = contents(path)
+    run = Run("dqn", dqn.Args(runs_dir=str(tmp_path)), CPU, np.random.default_rng(1))
+    with pytest.raises(BadInput) as refused:
+        run.resume(network=torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)), play=LoopState(step=0))
+    message = str(refused.value)
+    assert "the newest whole checkpoint in " in message
+    assert " is not of this script: its network does not fit (" in message
+    assert '"0.weight"' in message
+    assert message.endswith(
+        "undo what was changed in the script since then, or train it as another run with --exp-name"
+    )
+    assert "overwrite" not in message
+    assert contents(path) == before
+    assert begin(tmp_path).step == 5
 
 
 # ------------------------------------------------------------------------------------- the lock, the status

@@ -36,6 +36,18 @@ def test_every_layer_is_read(runs_dir):
     assert "charts/episodic_length" not in found
 
 
+def test_layers_keep_the_order_in_which_they_are_measured(tmp_path):
+    """Would catch: layers by the alphabet, a head of the network below its convolutions."""
+    names = ["stem", "conv2", "z", "critic", "actor"]
+    tags = [f"layers/{name}/{what}" for name in names for what in ("zero", "constant")]
+    write_events(tmp_path / "events.out.tfevents.1.host.1.0", [("representation/dead_neurons", 10, 0.5)])
+    write_events(tmp_path / "events.out.tfevents.2.host.1.0", [(tag, 20, 0.5) for tag in tags])
+    found, _, problems = events.read_events(sorted(tmp_path.iterdir()))
+    measured = [f"layers/{name}/{what}" for name in names for what in ("constant", "zero")]
+    assert list(found) == [*measured, "representation/dead_neurons"]
+    assert problems == []
+
+
 def test_a_resumed_run_counts_each_step_once(tmp_path):
     """A kill left points up to step 30 behind; the run went on from its checkpoint at 20."""
     tag = "charts/episodic_return"

@@ -21,6 +21,9 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
     make_run(runs_dir, "dqn", "Pong", "relu", 3, exp_name="again")
     make_run(runs_dir, "dqn", "Breakout", "tanh", 1, learning_rate=3e-4, new_flag=0.0)
     (make_run(runs_dir, "dqn", "Pong", "selu", 4) / "config.json").write_text("{")
+    for activation, seed, code in (("relu", 1, {}), ("relu", 2, {}), ("tanh", 1, {"resumes": [{"code": "b2"}, {}]})):
+        file = runs_dir / f"PongNoFrameskip-v4__dqn_atari_lan__{activation}__{seed}" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "a1"} | code))
     (runs_dir / "empty").mkdir()
     (runs_dir / "other_program").mkdir()
     (runs_dir / "other_program" / "config.json").write_text('{"args": 3}')
@@ -38,6 +41,7 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
         "missing, dqn relu, 1 run(s) that others have: Breakout 1",
         "mixed, dqn runs differ in --learning-rate: 0.0001 in 5 run(s); "
         "0.0003 in 1 run(s) (BreakoutNoFrameskip-v4__dqn_atari_lan__tanh__1)",
+        "mixed, dqn runs were trained by different code: a1 in 2 run(s); a1, then b2 in 1 run(s) (PongNoFrameskip-v4__",
         "mixed, dqn runs differ in --new-flag: not recorded in 5 run(s); 0.0 in 1 run(s) (Breakout",
         "no normalised score, dqn Breakout: no finished ReLU baseline",
     ):
@@ -402,10 +406,24 @@ def test_every_quantity_of_every_layer_is_in_the_curves(tmp_path, runs_dir, has_
 
 
 def test_layers_stand_in_network_order():
-    """Would catch: factors above their product, z among the convolutions, a layer that somebody else measures lost."""
-    order = ["conv1", "conv2_enc", "conv2_star", "conv2", "conv3", "lstm", "z_enc", "z_star", "z_star2", "z"]
-    assert results.in_network_order(reversed(order)) == order
-    assert results.layers_of(f"layers/{name}/constant" for name in order) == order
+    """As they are measured. Would catch: factors above their product; a head below the convolutions, where the figure
+    would say that the death begins; a layer that somebody else measures lost."""
+    measured = [
+        "stem",
+        "conv2",
+        "lstm",
+        "z",
+        "conv2_enc",
+        "conv2_star",
+        "z_enc",
+        "z_star",
+        "z_star2",
+        "critic",
+        "actor",
+    ]
+    order = ["stem", "conv2_enc", "conv2_star", "conv2", "lstm", "z_enc", "z_star", "z_star2", "z", "critic", "actor"]
+    assert results.in_network_order(measured) == order
+    assert results.layers_of(f"layers/{name}/constant" for name in measured) == order
     assert results.layers_of(["layers/conv1/dormant", "representation/constant", "score"]) == []
 
 

@@ -234,7 +234,9 @@ DEATHS = (("fsync", 0), ("fsync", 3), ("replace", 0), ("replace", 1), ("replace"
 def test_kills_inside_the_writing_of_a_checkpoint(name, runs_dir, undisturbed):
     """Would catch: a checkpoint that is renamed before its part, an old one deleted before the new one is whole."""
     expected = undisturbed(name)
-    for function, calls in DEATHS if name == "dqn" else (("fsync", 1), ("replace", 0), ("replace", 1), ("unlink", 0)):
+    for function, calls in (
+        DEATHS if name.startswith("dqn") else (("fsync", 1), ("replace", 0), ("replace", 1), ("unlink", 0))
+    ):
         code, text = run(name, runs_dir, sabotage=Die(function, calls))
         assert code == -signal.SIGKILL, (function, calls, text)
     code, text = run(name, runs_dir)
@@ -631,7 +633,7 @@ def test_another_thread_count_warns_and_is_recorded(runs_dir):
     process.kill()
     process.join()
     text = printed(runs_dir)
-    assert "warning: this run began with threads 1, now 2: it may not continue bit for bit" in text
+    assert "warning: so far this run had threads 1, now 2: it may not continue bit for bit" in text
     config = json.loads((folder / "config.json").read_text())
     assert config["threads"] == 1
     assert [(resume["step"] >= 960, resume["threads"]) for resume in config["resumes"]] == [(True, 2)]

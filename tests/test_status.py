@@ -240,6 +240,52 @@ def test_what_finished_means(project):
     assert states(project, 4)[0] == ["waiting", "finished", "stopped", "finished"]
 
 
+def test_finished_with_other_flags_is_not_finished(project):
+    """Whatever its training would refuse. Would catch: a pilot's short runs that a longer list takes for its own."""
+    trained = {"total_timesteps": 100, "seconds": 0.5, "anneal": False, "entity": None, "cuda": True}
+    for seed in range(1, 6):
+        (make_run(project, seed, state="finished", step=100) / "config.json").write_text(json.dumps({"args": trained}))
+    (run_folder(project, 5) / "config.json").write_text('{"args": ["damaged"]}')
+    standin = (project / "standin.py").read_text()
+    flags = "total_timesteps: int = 100\n    anneal: bool = True\n    entity: str | None = None\n    cuda: bool = True"
+    (project / "standin.py").write_text(standin.replace("total_timesteps: int = 100", flags))
+    lines = [
+        "--seed 1 --seconds 5e-1 --no-anneal --no-cuda",  # equal but for a flag that changes no run
+        "--seed 2 --seconds 0.5 --no-anneal --total-timesteps 100000",
+        "--seed 3 --seconds=0.5 --entity us",
+        "--seed 4 --no-anneal",
+        "--seed 5",
+    ]
+    done = status(project, job_list(project, *(f"python standin.py {line}" for line in lines)))
+    table = [line.split(maxsplit=2) for line in done.stdout.splitlines()[:-1]]
+    other = "it has finished with other flags: --"
+    assert [(row[0], *row[2:]) for row in table] == [
+        ("finished",),
+        ("failed", f"{other}total-timesteps 100, not 100000"),
+        ("failed", f"{other}anneal False, not True, --entity None, not us"),
+        ("failed", f"{other}seconds 0.5, not 0.0"),
+        ("finished",),
+    ]
+
+
+def test_a_run_that_waits_for_memory(project):
+    """Would catch: a second sweep that starts it beside its launcher; a wait that outlasts its launcher, or its end."""
+    waits = "=== 2026-01-01T00:00:09+00:00 waits\n"
+    log = f"runs/.sweep/{run_folder(project, 1).name}.log"
+    launcher = subprocess.Popen(["bash", "-c", "sleep 100; true", log])
+    try:
+        start = START.replace(" in process 1 on host ", f" in process {launcher.pid} on {os.uname().nodename} ")
+        make_run(project, 1, f"{start}{waits}")
+        make_run(project, 2, f"{START}{waits}")
+        make_run(project, 3, f"{START}{waits}{START}=== 2026-01-01T00:00:19+00:00 exit 2\n")
+        found, table = states(project, 3)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert found == ["running", "stopped", "failed"]
+    assert table[0].endswith("  waits for free memory or disk")
+
+
 def test_a_failure_is_remembered_until_the_run_goes_on(project):
     """Would catch: a failure by a launcher that status.json, older, hides; one that stays after a resume by hand."""
     failed = f"{START}=== 2026-01-01T00:00:09+00:00 exit 137\n"

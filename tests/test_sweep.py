@@ -338,6 +338,48 @@ def test_crashes_hangs_and_kills(project):
 
 
 @needs_parallel
+@pytest.mark.parametrize("shortage", ["not enough memory: 2.5 GB needed", "cannot write x: No space left on device"])
+def test_a_shortage_that_passes_is_waited_for(project, shortage):
+    """Would catch: a list of hundreds of runs that fails within minutes because somebody else took the memory; an
+    error for another reason, or a signal, that is waited for; a run that never fitted, and waits for ever."""
+    script = project / "scripts" / "sweep.sh"
+    script.write_text(script.read_text().replace("WAIT_SECONDS=300", "WAIT_SECONDS=1"))
+    short = f"import os, sys\nif not os.path.exists('free'): sys.exit('error: {shortage}; lower x')\n"
+    (project / "standin.py").write_text(STANDIN.replace("parser = ", f"{short}parser = ", 1))
+    file = job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2)))
+    command = ["bash", str(script), "--jobs-per-gpu", "1", file.name]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = project / "runs" / ".sweep" / f"{GAME}__standin__tanh-lan__1.log"
+    wait_until(lambda: log.exists() and log.read_text().count(" waits\n") >= 4, process)  # more than the three tries
+    table = sweep(project, "--status", file).stdout.splitlines()
+    assert table[0].split(maxsplit=2)[::2] == ["running", "waits for free memory or disk"]
+    (project / "free").touch()
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0, output
+    assert output.count(" waits, ") == 1
+    assert output.splitlines()[-1] == "2 of 2 runs have finished, 0 failed"
+
+    (project / "free").unlink()
+    script.write_text(script.read_text().replace("WAIT_SECONDS=1", "WAIT_SECONDS=100"))
+    file = job_list(project, "python standin.py --seed 3")
+    process = subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = log.with_name(log.name.replace("__1.log", "__3.log"))
+    wait_until(lambda: log.exists() and " waits\n" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert log.read_text().count(" start in ") == 1
+    script.write_text(script.read_text().replace("ram < RUN_RAM", "1"))
+    done = sweep(project, file)
+    assert done.returncode == 1
+    assert log.read_text().count(" start in ") == 4
+
+
+@needs_parallel
 @pytest.mark.parametrize("how", ["terminal", signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_stopping_tells_each_training_once_and_leaves_none(project, how):
     """Would catch: a second signal, on which a training leaves without a checkpoint; a retry of what was stopped; an
