@@ -71,15 +71,31 @@ def read_checked(path: Path, digest: str | None = None) -> Any:
         raise ValueError(f"{path} is not a checkpoint file ({str(error).split(chr(10))[0][:80]})") from None
 
 
-def _tensors(content: Any) -> Any:
-    """Arrays as tensors, which is what `torch.load(weights_only=True)` reads."""
-    if isinstance(content, np.ndarray):
+def _tensors(content: Any, name: str = "it") -> Any:
+    """Arrays as tensors and NumPy's numbers as plain ones, which is what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        TypeError: something that it would refuse.
+    """
+    if isinstance(content, np.ndarray) and content.dtype != object:
         return torch.from_numpy(np.ascontiguousarray(content))
+    if isinstance(content, np.generic):
+        return content.item()
     if isinstance(content, dict):
-        return {key: _tensors(value) for key, value in content.items()}
+        return {key: _tensors(value, f"{name}[{key!r}]") for key, value in content.items()}
     if isinstance(content, (list, tuple, deque)):
-        return [_tensors(value) for value in content]
-    return content
+        return [_tensors(value, f"{name}[{i}]") for i, value in enumerate(content)]
+    if content is None or isinstance(content, (bool, int, float, str, bytes, torch.Tensor, Part)):
+        return content
+    raise TypeError(
+        f"{name} is a {type(content).__name__}, which a checkpoint cannot hold: keep numbers, text or arrays"
+    )
+
+
+def require_savable(things: dict[str, Any]) -> None:
+    """Raises TypeError if a checkpoint of these things could not be loaded again."""
+    for name, thing in things.items():
+        _tensors(thing.state_dict(), name)
 
 
 def all_finite(content: Any) -> bool:
@@ -113,20 +129,46 @@ class LoopState(SimpleNamespace):
     """What else changes from step to step: `play = LoopState(step=0, obs=obs)`, then `play.step = 1`."""
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: _with_types(value) for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Arrays stay arrays, and tensors keep their device and memory layout."""
+        """Arrays, tuples and deques stay what they are, and tensors keep their device and memory layout."""
         if state.keys() != vars(self).keys():
             raise ValueError(f"{sorted(state)} instead of {sorted(vars(self))}")
         for name, value in state.items():
-            now = getattr(self, name)
+            now, value = getattr(self, name), _of_their_types(value)
             if isinstance(now, (torch.Tensor, np.ndarray)) and tuple(value.shape) != tuple(now.shape):
                 raise ValueError(f"{name} of shape {tuple(value.shape)} instead of {tuple(now.shape)}")
             if isinstance(now, torch.Tensor):
                 now.copy_(value)
             else:
                 setattr(self, name, np.asarray(value) if isinstance(now, np.ndarray) else value)
+
+
+def _with_types(content: Any) -> Any:
+    """What a file would hold as a tensor or a list, beside the name of its type."""
+    if isinstance(content, np.ndarray):
+        return {"type": "array", "content": content}
+    if isinstance(content, deque):
+        return {"type": "deque", "content": [*map(_with_types, content)], "maxlen": content.maxlen}
+    if isinstance(content, (list, tuple)):
+        return {"type": "list" if isinstance(content, list) else "tuple", "content": [*map(_with_types, content)]}
+    if isinstance(content, dict):
+        return {"type": "dict", "content": {key: _with_types(value) for key, value in content.items()}}
+    return content
+
+
+def _of_their_types(content: Any) -> Any:
+    match content:
+        case {"type": "array", "content": array}:
+            return np.asarray(array)
+        case {"type": "dict", "content": values}:
+            return {key: _of_their_types(value) for key, value in values.items()}
+        case {"type": "deque", "content": values, "maxlen": maxlen}:
+            return deque(map(_of_their_types, values), maxlen)
+        case {"type": kind, "content": values}:
+            return {"list": list, "tuple": tuple}[kind](map(_of_their_types, values))
+    return content
 
 
 class Checkpoints:
@@ -226,6 +268,9 @@ def restore(things: dict[str, Any], state: dict[str, Any]) -> None:
         raise ValueError(f"it holds {', '.join(map(str, state))} instead of {', '.join(things)}")
     for name, thing in things.items():
         try:
+            if isinstance(thing, torch.optim.Optimizer):  # how it counts steps is the device's matter
+                for group, now in zip(state[name]["param_groups"], thing.param_groups, strict=True):
+                    group |= {key: now[key] for key in ("capturable", "fused", "foreach") if key in now}
             thing.load_state_dict(state[name])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"its {name} does not fit ({' '.join(str(error).split())[:160]})") from None

@@ -191,12 +191,17 @@ class Run:
 
         Raises:
             BadInput: other flags than the run had, another process training it, no whole checkpoint, points but no
-                checkpoint, not a run's folder.
+                checkpoint, not a run's folder, a thing that no checkpoint can hold.
             HasFinished
         """
         self.things = things
         at_the_end = _at_the_end.get(None) or contextlib.ExitStack()
         at_the_end.push(self._leave)
+        if all(thing.state_dict for thing in things.values()):
+            try:
+                checkpoint.require_savable(things)
+            except TypeError as error:
+                raise BadInput(f"this run could not resume: {error}") from None
         network = next(iter(things.values()))
         config = describe(self.algorithm, self.args, self.device, network)
         old = self.folder.claim()
@@ -429,7 +434,10 @@ class Run:
             # From the latest update: a measurement may come before the next one.
             "gradients": {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None},
         }
-        self.checkpoints.save(step, state)
+        try:
+            self.checkpoints.save(step, state)
+        except TypeError as error:
+            raise RunFailed(f"{error}; the run resumes from its last checkpoint") from None
         self.step = self._saved = step
         self._write_status("running")
 

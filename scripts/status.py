@@ -239,7 +239,9 @@ def read_log(log: str) -> str:
 def other_flags(job: Job) -> str:
     """Those of its line with which the run in its folder was not trained: the script would refuse them. "": none."""
     trained = read_json(job.folder / "config.json").get("args")
-    trained = trained if isinstance(trained, dict) else {}
+    if not isinstance(trained, dict):
+        return ""
+    trained = defaults_of(ROOT / job.script) | trained  # the script had no such flag yet
     differing = [
         f"--{name.replace('_', '-')} {trained[name]}, not {value}"
         for name, value in job.flags.items()
@@ -249,7 +251,9 @@ def other_flags(job: Job) -> str:
 
 
 def is_same(given: Any, trained: Any) -> bool:
-    """Is the text of a flag the value that it had? 2.5e-4 is 0.00025."""
+    """Is the text of a flag the value that it had? 2.5e-4 is 0.00025. Flags of several words are left to the script."""
+    if isinstance(trained, (list, tuple, dict)):
+        return True
     try:
         return float(given) == float(trained)
     except (TypeError, ValueError):

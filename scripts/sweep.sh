@@ -14,6 +14,7 @@ set -uo pipefail
 TRIES=3
 CHECKPOINT_SECONDS=120 # for a stopped run to write its checkpoint
 WAIT_SECONDS=300 # until a run that found too little memory or disk is tried again
+WAITS=48          # at most, for each of the tries
 SHORTAGE='not enough memory|No space left|Disk quota exceeded' # in the last line of such a run
 RUN_GPU_MEMORY=2000 # MB of a GPU; 1,100 to 1,550 were measured on one (docs/speed.md)
 RUN_CUDA_RAM=1400 # MB that CUDA adds to a run's RAM, as checks.py has it
@@ -29,7 +30,8 @@ end_line() { [[ ! -s $1 || -z $(tail -c 1 "$1") ]] || echo >> "$1"; }
 # run SLOT THREADS LOG COMMAND: runs one job of the list and returns its exit code. Slot 0: Slurm has set device and
 # threads. THREADS: how many an unfinished run began with, or -
 run() {
-    local slot=$1 threads=$2 log=$3 command=$4 name slurm= training= stopped= warned= waiting= missing code start=$SECONDS
+    local slot=$1 threads=$2 log=$3 command=$4 start=$SECONDS
+    local name slurm= training= stopped= warned= missing reason needed=0 waits=0 code
     name=$(basename "$log" .log)
     if ((slot == 0)); then
         slurm="as Slurm job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID "
@@ -54,7 +56,7 @@ run() {
         [[ -z $stopped$warned ]] || return 143
         if ((code)); then
             code=2
-            [[ -n $waiting ]] || echo "$missing" >&2
+            ((waits > 0)) || echo "$missing" >&2
         else
             eval "exec $command" < /dev/null >> "$log" 2>&1 &
             training=$!
@@ -65,9 +67,13 @@ run() {
             training= missing=$(tail -n 1 "$log")
         fi
         # A shortage that passes must not make the rest of a list fail within minutes.
-        [[ $code =~ ^[12]$ && $missing =~ $SHORTAGE && -n ${SWEEP_WAITS-} && -z $stopped$warned ]] || break
-        [[ -n $waiting ]] || echo "$(date +%T) waits, ${BASH_REMATCH[0],}: $name"
-        waiting=1
+        [[ $code =~ ^[12]$ && $missing =~ $SHORTAGE && -z $stopped$warned ]] || break
+        reason=${BASH_REMATCH[0]}
+        # What needs more than was free when the sweep began does not wait for it; nor does Slurm.
+        [[ ! $missing =~ ([0-9]+)\.([0-9])\ GB\ needed ]] || needed=${BASH_REMATCH[1]}${BASH_REMATCH[2]}00
+        ((10#$needed <= ${SWEEP_RAM:-0} && waits < WAITS && slot > 0)) || break
+        ((waits > 0)) || echo "$(date +%T) waits, ${reason,}: $name"
+        ((waits += 1))
         { end_line "$log" && echo "=== $(date -Is) waits" >> "$log"; } 2> /dev/null
         sleep "$WAIT_SECONDS" &
         wait $!
@@ -196,8 +202,7 @@ parallel --version 2> /dev/null | grep -q GNU || fail "GNU parallel is missing: 
 while read -r folder; do
     mkdir -p "$folder" 2> /dev/null && [[ -w $folder ]] || fail "cannot write in $folder; name another --runs-dir"
 done < <(in_state "$TODO" | cut -f 4 | xargs -d '\n' dirname | sort -u)
-export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads PARALLEL_SHELL=$BASH
-((ram < RUN_RAM || disk < RUN_DISK)) || export SWEEP_WAITS=1 # what never fitted would wait for ever
+export SWEEP_GPUS=${gpus[*]-} SWEEP_THREADS=$threads SWEEP_RAM=$ram PARALLEL_SHELL=$BASH
 bar=()
 [[ ! -t 2 ]] || bar=(--bar)
 

@@ -1,10 +1,12 @@
 """checkpoint.py: files that are whole or not there, and what they hold."""
 
+import copy
 import hashlib
 import json
 import os
 import pickle
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -100,6 +102,56 @@ def test_a_loop_state_survives_a_file_as_what_it_was(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             play.load_state_dict(state)
+
+
+def test_a_loop_state_keeps_its_types(tmp_path):
+    """Would catch: a deque that comes back as a list, and then holds every score since; a tensor where an array was;
+    a tuple that equals no tuple; a checkpoint that holds NumPy's numbers and cannot be loaded, found after weeks."""
+    numbers = {"best": np.float64(1.5), "over": np.bool_(True), "count": np.int64(2**40), "none": None}
+    state = numbers | {
+        "recent": deque([1.0, 2.0], maxlen=2),
+        "pair": (1, ("a", 2)),
+        "means": {"z": np.arange(3.0), "n": [np.ones(2)]},
+        "late": np.arange(2, dtype=np.uint8),
+    }
+    checkpoint.write_checked(tmp_path / "x", LoopState(**state).state_dict())
+    play = LoopState(**dict.fromkeys(state))
+    play.load_state_dict(checkpoint.read_checked(tmp_path / "x"))
+    play.recent.append(3.0)
+    assert play.recent == deque([2.0, 3.0])
+    assert play.pair == (1, ("a", 2))
+    assert [type(array) for array in (play.means["z"], play.means["n"][0], play.late)] == [np.ndarray] * 3
+    assert (play.means["z"].tolist(), play.late.dtype, play.late.tolist()) == ([0, 1, 2], np.uint8, [0, 1])
+    assert (play.best, play.over, play.count, play.none) == (1.5, True, 2**40, None)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, np.array([None]), object(), {"a": [print]}])
+def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path, value):
+    """Would catch: weeks of checkpoints that no run can resume."""
+    with pytest.raises(TypeError, match=r"^play\['x'\].* is a .*, which a checkpoint cannot hold"):
+        checkpoint.require_savable({"play": LoopState(x=value)})
+    with pytest.raises(TypeError, match="which a checkpoint cannot hold"):
+        checkpoint.write_checked(tmp_path / "x", LoopState(x=value).state_dict())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, torch.optim.Adam])
+def test_an_optimizer_goes_on_on_another_kind_of_device(kind):
+    """A state from CUDA, where the steps are counted on the device. Would catch: an error at the first update."""
+    flags = {"fused": True} if kind is torch.optim.Adam else {}
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [kind([weight], lr=torch.tensor(0.1), **flags) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    for optimizer in optimizers:
+        optimizer.step()
+    state = copy.deepcopy(optimizers[0].state_dict())
+    state["param_groups"][0]["capturable"] = True
+    checkpoint.restore({"optimizer": optimizers[1]}, {"optimizer": state})
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(*weights)
+    assert optimizers[1].param_groups[0]["capturable"] is False
 
 
 def test_parts_are_written_once_and_leave_with_the_last_checkpoint_that_names_them(tmp_path):

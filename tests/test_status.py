@@ -243,11 +243,15 @@ def test_what_finished_means(project):
 def test_finished_with_other_flags_is_not_finished(project):
     """Whatever its training would refuse. Would catch: a pilot's short runs that a longer list takes for its own."""
     trained = {"total_timesteps": 100, "seconds": 0.5, "anneal": False, "entity": None, "cuda": True}
-    for seed in range(1, 6):
-        (make_run(project, seed, state="finished", step=100) / "config.json").write_text(json.dumps({"args": trained}))
+    for seed in range(1, 8):
+        args = trained | {"sizes": [512, 256], "seed": seed}
+        (make_run(project, seed, state="finished", step=100) / "config.json").write_text(json.dumps({"args": args}))
     (run_folder(project, 5) / "config.json").write_text('{"args": ["damaged"]}')
     standin = (project / "standin.py").read_text()
-    flags = "total_timesteps: int = 100\n    anneal: bool = True\n    entity: str | None = None\n    cuda: bool = True"
+    flags = (
+        "total_timesteps: int = 100\n    anneal: bool = True\n    entity: str | None = None\n    cuda: bool = True\n"
+    )
+    flags += "    newer: float = 0.0\n    sizes: tuple[int, ...] = (512, 256)"
     (project / "standin.py").write_text(standin.replace("total_timesteps: int = 100", flags))
     lines = [
         "--seed 1 --seconds 5e-1 --no-anneal --no-cuda",  # equal but for a flag that changes no run
@@ -255,6 +259,8 @@ def test_finished_with_other_flags_is_not_finished(project):
         "--seed 3 --seconds=0.5 --entity us",
         "--seed 4 --no-anneal",
         "--seed 5",
+        "--seed 6 --seconds 0.5 --no-anneal --newer 0.9",
+        "--seed 7 --seconds 0.5 --no-anneal --newer 0 --sizes 512 256",
     ]
     done = status(project, job_list(project, *(f"python standin.py {line}" for line in lines)))
     table = [line.split(maxsplit=2) for line in done.stdout.splitlines()[:-1]]
@@ -264,6 +270,8 @@ def test_finished_with_other_flags_is_not_finished(project):
         ("failed", f"{other}total-timesteps 100, not 100000"),
         ("failed", f"{other}anneal False, not True, --entity None, not us"),
         ("failed", f"{other}seconds 0.5, not 0.0"),
+        ("finished",),
+        ("failed", f"{other}newer 0.0, not 0.9"),
         ("finished",),
     ]
 
