@@ -552,9 +552,10 @@ class _Units:
         self.is_dense = any(isinstance(layer, (nn.Linear, nn.RNNBase, nn.Embedding)) for layer in layers)
         convolutions = CONVOLUTIONS | TRANSPOSED
         self.map_dims = {2 + dims for kind, dims in convolutions.items() for each in layers if isinstance(each, kind)}
-        # A product of two tanhs is not a tanh.
+        # A product with a tanh is not a tanh.
+        is_product = any(isinstance(layer, nn.ModuleDict) and len(layer) > 1 for layer in layers)
         bounded = [layer for layer in layers if type(layer) in BOUNDS]
-        self.bounds = BOUNDS[type(layers[-1])] if bounded == layers[-1:] else None
+        self.bounds = BOUNDS[type(layers[-1])] if bounded == layers[-1:] and not is_product else None
         self.n, self.near_bounds = 0, 0
 
     def _units_first(self, output: Tensor) -> Tensor:

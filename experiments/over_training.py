@@ -62,11 +62,12 @@ def value_at(run: RecordedRun, tag: str, step: int) -> float:
 
 def main(args: Args) -> None:
     runs: dict[str, RecordedRun] = {}
-    for folder in args.folders:
-        run = read_run(folder)
+    read = {folder: read_run(folder) for folder in args.folders}
+    several = len({run.game for run in read.values()}) > 1
+    for folder, run in read.items():
         for problem in run.problems:
             warn(f"{folder}: {problem}")
-        name = f"{run.algorithm.upper()} {run.activation} {run.seed}"
+        name = f"{run.algorithm.upper()} {run.activation} {run.seed}" + f", {run.game}" * several
         if name in runs:
             raise BadInput(f"{folder} is a second run of {name}, beside {runs[name].folder}; name one of them")
         runs[name] = run

@@ -24,7 +24,7 @@ from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
-from lan_utils.cli import STOP_SIGNALS, RunFailed, same_command
+from lan_utils.cli import STOP_SIGNALS, RunFailed, same_command, warn
 from lan_utils.machine import share_of_cores
 
 gym.register_envs(ale_py)
@@ -32,6 +32,14 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on stder
 
 
 # ---------------------------------------------------------------------------------------------- one game
+
+
+SAVED = {"RecordEpisodeStatistics", "EpisodicLifeEnv", "MaxAndSkipEnv", "FrameStackObservation"}
+STATELESS = {
+    *("OrderEnforcing", "PassiveEnvChecker", "AtariWrapper", "NoopResetEnv", "FireResetEnv", "WarpFrame"),
+    *("ClipRewardEnv", "ReshapeObservation"),
+}
+_warned: set[str] = set()  # once, not in every game; worker processes inherit it
 
 
 class WholeGames(gym.Wrapper):
@@ -47,6 +55,12 @@ class WholeGames(gym.Wrapper):
         while isinstance(env, gym.Wrapper):
             self.wrappers.append(env)
             env = env.env
+        for name in sorted({type(wrapper).__name__ for wrapper in self.wrappers} - SAVED - STATELESS - _warned):
+            _warned.add(name)
+            warn(
+                f"checkpoints do not save the wrapper {name}: if it keeps anything from step to step, a resumed run is "
+                "not exact; add it to WholeGames in lan_utils/atari.py, to what is saved or to STATELESS"
+            )
         self.statistics = next(wrapper for wrapper in self.wrappers if isinstance(wrapper, RecordEpisodeStatistics))
         self.games = self.agent_steps = 0
 

@@ -138,8 +138,9 @@ def check_width(args: RunArgs, width: int) -> None:
     shown = style(args.activation).width
     refuse_unless(
         shown == width,
-        f"z of {args.activation} has {width} neurons, and plots would take its name for {shown}; end the name with "
-        f"-{width}, or give it a Style with this width in ACTIVATIONS of lan_utils/study.py",
+        f"z of {args.activation} has {width} neurons, and plots would take its name for {shown}; "
+        + (f"end the name with -{width}, or " if width >= 100 else "")
+        + "give it a Style with this width in ACTIVATIONS of lan_utils/study.py",
     )
 
 
@@ -179,7 +180,8 @@ def _check_type(args: Any, name: str, hint: Any) -> None:
     kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     if hint in kinds:
         fits = isinstance(value, (int, float) if hint is float else hint)
-        require(fits and (hint is bool or not isinstance(value, bool)), args, name, f"be {kinds[hint]}")
+        fits = fits and (hint is bool or not isinstance(value, bool))
+        require(fits, args, name, f"be {kinds[hint]}, of type {hint.__name__} and not {type(value).__name__}")
 
 
 def _within(value: float, limit: Any) -> tuple[bool, str]:

@@ -126,7 +126,13 @@ class RunFolder:
         A flag that the old run did not know yet has its default.
         """
         new_args = json.loads(json.dumps(dataclasses.asdict(self.args)))
-        old_args = json.loads(json.dumps(dataclasses.asdict(type(self.args)()))) | old_args
+        defaults = {}  # a flag may have none
+        for field in dataclasses.fields(self.args):
+            if field.default is not dataclasses.MISSING:
+                defaults[field.name] = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                defaults[field.name] = field.default_factory()
+        old_args = json.loads(json.dumps(defaults)) | old_args
         differing = [
             f"--{name.replace('_', '-')} {new_args.get(name)} (was {old_args.get(name)})"
             for name in sorted(old_args.keys() | new_args.keys())
@@ -220,11 +226,13 @@ class RunFolder:
         changes = {
             key: new[key]
             for key in ("versions", "commit", "code", "device", "hardware", "threads")
-            if key in known and known[key] != new[key]
+            if known.get(key) != new[key]
         }
         for key, now in changes.items():
-            was = known[key]
-            if key == "versions":
+            was = known.get(key)
+            if key == "code" and was is None:  # it was begun before this was recorded
+                continue
+            if key in ("versions", "code"):
                 was = {name: was.get(name) for name in now if was.get(name) != now[name]}
                 now = {name: now[name] for name in was}
             if key != "commit" or known.get("code") != new["code"]:  # a commit may change what trains nothing
@@ -300,7 +308,7 @@ def describe(algorithm: str, args: RunArgs, device: torch.device, network: torch
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _commit(),
-        "code": _code(network),
+        "code": _code(args, network),
         "device": str(device),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
@@ -308,13 +316,22 @@ def describe(algorithm: str, args: RunArgs, device: torch.device, network: torch
     }
 
 
-def _code(network: torch.nn.Module) -> str:
-    """The first digits of a SHA-256 of what trains: the network's script (none in a notebook), lan_utils, metrics.py.
+def _code(*of_script: Any) -> dict[str, str]:
+    """What trains: a digest each of the scripts whose objects these are (a notebook has none), lan_utils, metrics.py.
 
     A commit does not tell one change of a script from the next.
     """
-    script = getattr(sys.modules[type(network).__module__], "__file__", None)
-    files = [*sorted((ROOT / "lan_utils").glob("*.py")), ROOT / "metrics.py", *([Path(script)] if script else [])]
+    modules = {type(each).__module__ for each in of_script if not type(each).__module__.startswith("torch.")}
+    scripts = sorted(Path(file) for name in modules if (file := getattr(sys.modules[name], "__file__", None)))
+    helpers = {
+        "lan_utils": digest_of(*sorted((ROOT / "lan_utils").glob("*.py"))),
+        "metrics.py": digest_of(ROOT / "metrics.py"),
+    }
+    return {script.name: digest_of(script) for script in scripts} | helpers
+
+
+def digest_of(*files: Path) -> str:
+    """The first digits of the files' SHA-256."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -142,6 +142,16 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
     def values(activation: str, quantity: str) -> ByGame:
         return results.final_values(algorithm, activation, quantity)
 
+    def at_the_end(first: str, second: str, quantity: str) -> ByGame:
+        """Of pairs of equally long runs: what a longer one gained is not what its activation gained."""
+        ends = values(first, "agent_steps"), values(second, "agent_steps")
+        return {
+            game: {
+                seed: value for seed, value in seeds.items() if equally_long(ends[0][game][seed], ends[1][game][seed])
+            }
+            for game, seeds in pair(values(first, quantity), values(second, quantity)).items()
+        }
+
     def add(differences: ByGame, claim: str, quantity: str, when: str, relation: str, runs: ByGame) -> None:
         if exp_name and not runs:
             return
@@ -149,7 +159,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
         if len(groups) != 1 and quantity != "final_return":
             groups = [list(runs), *groups]
         for group in groups:
-            of_group = {game: differences[game] for game in group if game in differences}
+            of_group = {game: differences[game] for game in group if differences.get(game)}
             found = paired_difference(of_group)
             repeated = [game for game, seeds in of_group.items() if len(seeds) > 1]
             games = " ".join(repeated or of_group or group)
@@ -165,7 +175,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
         if when == MEAN:
             differences = pair_of_means(results, algorithm, quantity, first, second)
         else:
-            differences = pair(values(first, quantity), values(second, quantity))
+            differences = at_the_end(first, second, quantity)
         add(differences, f"{first} {relation} {second}", quantity, when, relation, pairs_of_runs(first, second))
     lan = f"tanh-lan{suffix}"
     differences = pair(*(values(lan, quantity) for quantity in ("dead_neurons", "dead_factors")))
@@ -173,7 +183,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
     for first, relation, second in RETURN_CLAIMS:
         first, second = first + suffix, second + suffix
         for quantity in RETURNS:
-            differences = pair(values(first, quantity), values(second, quantity))
+            differences = at_the_end(first, second, quantity)
             add(differences, f"{first} {relation} {second}", quantity, END, relation, pairs_of_runs(first, second))
 
     pairs = []
@@ -188,7 +198,7 @@ def claims_of(results: Results, algorithm: str, exp_name: str = "") -> list[list
     for first, second, relations in pairs:
         runs = pairs_of_runs(first, second)
         for quantity, relation in relations.items() if runs else ():
-            differences = pair(values(first, quantity), values(second, quantity))
+            differences = at_the_end(first, second, quantity)
             add(differences, f"{first} {relation} {second}", quantity, END, relation, runs)
     return rows
 
@@ -214,15 +224,15 @@ def claims_table(claims: pd.DataFrame) -> Table:
         "claims",
         "Claims",
         "The paper's, then those about controls, then whether experiments differ. Difference: first minus second of "
-        "the claim, over pairs of runs of the same game and seed, at their end or as the mean over training. "
-        "Interval: 95 %, Student's t over the paired seeds within each game, then the mean over games (degrees of "
-        "freedom after Welch and Satterthwaite); other seeds, not other games. A game with one pair stays out where "
-        "others have more. Without a value: further pairs of which a run has none, as `dead_neurons_scaled` where more "
-        f"than {100 * MOSTLY_CONSTANT:.0f} % of z is constant (over training: of the agent steps at which both runs "
-        "have one). Confirmed: the interval lies wholly on the claim's side of 0; contradicted: wholly on the other; "
-        "open: it includes 0, or there are fewer than two pairs. A claim with = is that two experiments do not differ: "
-        "it can only be contradicted. "
-        "No correction for the number of claims. Every game on its own: `claims.csv`."
+        "the claim, over pairs of runs of the same game and seed: at their end, where they are equally long, or as the "
+        "mean over the training that both have. Interval: 95 %, Student's t over the paired seeds within each game, "
+        "then the mean over games (degrees of freedom after Welch and Satterthwaite); other seeds, not other games. A "
+        "game with one pair stays out where others have more. Without a value: further pairs that are not equally "
+        "long, or of which a run has none, as `dead_neurons_scaled` where more than "
+        f"{100 * MOSTLY_CONSTANT:.0f} % of z is constant (over training: of the agent steps at which both runs have "
+        "one). Confirmed: the interval lies wholly on the claim's side of 0; contradicted: wholly on the other; open: "
+        "it includes 0, or there are fewer than two pairs. A claim with = is that two experiments do not differ: it "
+        "can only be contradicted. No correction for the number of claims. Every game on its own: `claims.csv`."
         + (f" There too: {unpaired.sum()} claims for which no pair of runs is drawn." if unpaired.any() else ""),
         cells.astype(str),
     )
@@ -231,11 +241,11 @@ def claims_table(claims: pd.DataFrame) -> Table:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def mean_and_deviation(values: ByGame, form: str, runs: int | None = None) -> str:
+def mean_and_deviation(values: ByGame, form: str, runs: int | None = None, games: int = 1) -> str:
     """The line and the band of a figure, at its end.
 
     Args:
-        runs: that could have a value; says so where fewer have.
+        runs, games: that could have a value; says so where fewer have.
     """
     if not values:
         return NOTHING
@@ -244,7 +254,11 @@ def mean_and_deviation(values: ByGame, form: str, runs: int | None = None) -> st
         {game: {seed: np.array([v]) for seed, v in seeds.items()} for game, seeds in values.items()}
     )
     text = f"{line[0]:{form}}" + (f" ± {band[0]:{form}}" if band is not None else "")
-    return text if runs in (None, found) else f"{text} ({found} of {runs} runs)"
+    return text + fewer(found, runs or found, "runs") + fewer(len(values), games, "games")
+
+
+def fewer(found: int, all_of_them: int, what: str) -> str:
+    return f" ({found} of {all_of_them} {what})" if found < all_of_them else ""
 
 
 def with_interval(value: float, low: float, high: float) -> str:
@@ -274,6 +288,7 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
     for algorithm in algorithms_of(runs):
         baseline = results.final_values(algorithm, "relu", "final_return")
         of_algorithm = results.runs[results.runs["algorithm"] == algorithm]
+        played = of_algorithm.loc[of_algorithm["drawn"], "game"].nunique()
         for activation in activations_of([run for run in runs if run.algorithm == algorithm]):
             drawn = of_algorithm.loc[of_algorithm["activation"] == activation, "drawn"]
             head = {"algorithm": algorithm.upper(), "activation": study.style(activation).label}
@@ -284,7 +299,7 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
             }
             for title, (quantity, form) in SUMMARY.items():
                 found = results.final_values(algorithm, activation, quantity)
-                row[title] = mean_and_deviation(found, form, int(drawn.sum()))
+                row[title] = mean_and_deviation(found, form, int(drawn.sum()), played)
             summary.append(head | row)
 
             row = {}
@@ -292,7 +307,8 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
                 values = results.final_values(algorithm, activation, quantity).values()
                 values = [np.array(list(seeds.values())) for seeds in values]
                 ends = zip(aggregates(*values), *interval(aggregates, values), strict=True) if values else ()
-                texts = [with_interval(*each) for each in ends] or [NOTHING] * 3
+                lacking = fewer(len(values), played, "games")
+                texts = [with_interval(*each) + lacking for each in ends] or [NOTHING] * 3
                 row |= dict(zip((f"{kind} mean", f"{kind} median", f"{kind} IQM"), texts, strict=True))
             finals = results.final_values(algorithm, activation, "final_return")
             common = sorted(finals.keys() & baseline.keys())
@@ -324,7 +340,8 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
             "With 95 % intervals of a stratified bootstrap (runs resampled within games, percentiles, "
             f"{RESAMPLES:,} resamples; with few seeds somewhat too narrow). IQM: mean of the middle half of all runs. "
             "Improvement: probability that a run scores higher than one of ReLU, mean over games. "
-            f"{NOTHING} where something is missing; no interval where a game has a single run.",
+            f"{NOTHING} where there is no value; (n of m games): others have more, and such means do not compare; no "
+            "interval where a game has a single run.",
             pd.DataFrame(improvement).astype(str),
         ),
         Table(

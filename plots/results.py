@@ -99,8 +99,9 @@ def read_config(folder: Path) -> RecordedRun | None:
     algorithm, env_id, activation = map(printable, (*names[:2], study.group_of(flags)))
     game = env_id.removesuffix("NoFrameskip-v4")
     resumes = config["resumes"] if isinstance(config.get("resumes"), list) else []
-    codes = [part["code"] for part in (config, *resumes) if isinstance(part, dict) and part.get("code")]
-    code = printable(", then ".join(map(str, codes)))
+    codes = [part.get("code") for part in (config, *resumes) if isinstance(part, dict)]
+    codes = [code for code in codes if isinstance(code, dict)]
+    code = printable(", then ".join(" ".join(f"{name} {digest}" for name, digest in each.items()) for each in codes))
     return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder), code)
 
 
@@ -270,6 +271,7 @@ def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str
                 twins,
                 key=lambda run: (
                     equally_long(run.planned_steps, planned),
+                    equally_long(run.agent_steps, planned) or not run.finished,  # not damaged
                     named[run.exp_name],
                     run.finished,
                     run.agent_steps,

@@ -8,6 +8,7 @@ column is a neuron and a row an observation of activations.npz, which a run writ
 shows which layer of the network died, and when.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
-from lan_utils.cli import BadInput, launch
+from lan_utils.cli import BadInput, launch, warn
 from lan_utils.files import replace
 from plots import figures, matplotlib
 from plots.events import LAYERS, REPRESENTATION
@@ -58,6 +59,8 @@ def read_measured_run(folder: Path) -> RecordedRun:
         BadInput: it is no run's folder, or nothing was measured in it yet.
     """
     run = read_run(folder)
+    for problem in run.problems:
+        warn(f"{folder}: {problem}")
     if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
     return run
@@ -92,6 +95,9 @@ def table(runs: list[RecordedRun]) -> list[str]:
     if any(worst := [most_constant(final) for final in finals]):
         values = [f"{found[0]} {found[1]:.1%}" if found else "-" for found in worst]
         rows.insert(4, ("  most constant", values, "the layer with most constant units, where it is not z"))
+    if len({run.agent_steps for run in runs}) > 1 or not all(run.finished for run in runs):
+        values = [f"{run.agent_steps:,}" for run in runs]
+        rows.insert(1, ("agent steps", values, "so far" if not all(run.finished for run in runs) else ""))
     columns = [max(10, *map(len, values)) + 2 for values in zip(*(values for _, values, _ in rows), strict=True)]
     return [
         f"{name:17}{''.join(map(str.rjust, values, columns))}   {meaning}".rstrip() for name, values, meaning in rows
@@ -120,11 +126,23 @@ def draw_neurons(axes: Axes, z: np.ndarray, label: str) -> None:
     axes.grid(False)
 
 
-def draw_curve(axes: Axes, runs: list[RecordedRun], quantity: str, **style: object) -> None:
+def colors_of(runs: list[RecordedRun]) -> list[str]:
+    """The activations' own; of several runs of one, each after the first has another."""
+    colors: list[str] = []
+    others = iter(itertools.cycle(matplotlib.colormaps["tab10"].colors))
     for run in runs:
+        own = matplotlib.colors.to_hex(study.style(run.activation).color)
+        while own in colors and len(colors) < 10:
+            own = matplotlib.colors.to_hex(next(others))
+        colors.append(own)
+    return colors
+
+
+def draw_curve(axes: Axes, runs: list[RecordedRun], quantity: str, **style: object) -> None:
+    for run, color in zip(runs, colors_of(runs), strict=True):
         points = run.points.get(f"{REPRESENTATION}{quantity}")
         if points is not None:
-            look = figures.look_of(run.activation) | {"linestyle": "-"} | style
+            look = figures.look_of(run.activation) | {"linestyle": "-", "color": color} | style
             axes.plot(points["step"], points["value"], **look)
     figures.finish_axes(axes, last_step(runs), quantity)
 
@@ -187,10 +205,7 @@ def draw_curves(part: SubFigure, runs: list[RecordedRun], labels: list[str]) -> 
     left.set_ylabel(figures.axis_of(DEAD).label)
     draw_curve(right, runs, "effective_rank")
     right.set_ylim(0, max(study.style(run.activation).width for run in runs))
-    handles = [
-        Line2D([], [], color=study.style(run.activation).color, label=label)
-        for run, label in zip(runs, labels, strict=True)
-    ]
+    handles = [Line2D([], [], color=color, label=label) for color, label in zip(colors_of(runs), labels, strict=True)]
     handles.append(Line2D([], [], color=figures.GREY, label=figures.STD_DEAD_LABEL, **figures.STD_DEAD))
     part.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 

@@ -5,8 +5,8 @@ python scripts/enjoy.py runs/BreakoutNoFrameskip-v4__ppo_atari_lan__tanh-lan__1
 python scripts/enjoy.py RUN_FOLDER --episodes 1 --video
 
 The games are those of the script's own `evaluate`: with the same seed and number of games they are exactly the games
-that `--eval-episodes` played at the end of the training. Everything is written into a new folder RUN_FOLDER/enjoy_<n>.
-The run itself is only read, even while it trains. Everything is computed on the CPU.
+that `--eval-episodes` played at the end of a training on the CPU. Everything is written into a new folder
+RUN_FOLDER/enjoy_<n>. The run itself is only read, even while it trains. Everything is computed on the CPU.
 
 Three names of an algorithm's script, `<algorithm>_atari_lan.py`, are used: `Network(num_actions, ...)`, whose other
 parameters are named as flags, `make_env(env_id)` and `evaluate(network, args, games, video_folder, watch)`.
@@ -36,6 +36,7 @@ from lan_utils import checkpoint
 from lan_utils.checks import check_env_id, check_ffmpeg, refuse_unless
 from lan_utils.cli import BadInput, launch, print_line, warn
 from lan_utils.files import read_json, replace
+from lan_utils.folder import digest_of
 from lan_utils.run import measure_network, measure_representation
 from lan_utils.study import ATARI_SCORES, ROOT, group_of, read_atari_scores
 
@@ -92,6 +93,9 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
         check_env_id(flags["env_id"])
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
+    codes = [part["code"] for part in (config, *config.get("resumes", ())) if part.get("code")]
+    if codes and codes[-1].get(f"{name}.py") != digest_of(ROOT / f"{name}.py"):
+        warn(f"{name}.py is not the script that trained this run, or has changed since: its agent may play otherwise")
     return script, flags
 
 
@@ -288,6 +292,9 @@ def main(args: Args) -> None:
     print_line(f"{algorithm}, {group_of(flags)}, on {flags['env_id']}, games of seed {seed}")
     print_line(f"  weights   {file}")
     print_line(f"  trained   {step:,} agent steps, {state}")
+    measurable = hasattr(network, "encoder") and hasattr(network, "measured")
+    needs = f"--measure needs a network with `encoder` and `measured`, which that of {script.__name__}.py lacks"
+    refuse_unless(measurable or not args.measure, needs)
     sample = Sample(network, flags["metrics_samples"], seed) if args.measure else None
     out = new_folder(args.folder) if args.video or args.measure else None
     scores = []

@@ -45,6 +45,22 @@ class Recorder(gym.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
+def test_a_wrapper_that_no_checkpoint_saves_is_named_once(capsys, monkeypatch):
+    """Would catch: running statistics that begin anew at every resume, without a word; a warning of the project's own
+    wrappers, or one for every game."""
+    monkeypatch.setattr(atari, "_warned", set())
+    for module in (dqn, ppo):
+        module.make_env("BreakoutNoFrameskip-v4", render_mode="rgb_array").close()
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        game = gym.make("BreakoutNoFrameskip-v4")
+        statistics = gym.wrappers.NormalizeReward(gym.wrappers.RecordEpisodeStatistics(game))
+        atari.WholeGames(statistics).close()
+    error = capsys.readouterr().err
+    assert error.startswith("warning: checkpoints do not save the wrapper NormalizeReward: ")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("game", ["Breakout", "Seaquest"])
 def test_stacks_are_atari_wrappers_frames_and_scores_are_whole_unclipped_games(monkeypatch, game):
     """Stack by stack against the frames of SB3's AtariWrapper, four copies after every reset, a lost life's too; scores

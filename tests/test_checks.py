@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -175,6 +176,7 @@ def test_a_number_out_of_its_range_is_one_line_and_exit_code_2(monkeypatch, caps
         ({"runs_dir": Path("runs")}, "--runs-dir is runs; it must be text"),
         ({"env_id": None}, "--env-id is None; it must be text"),
         ({"seed": 1.0}, "--seed is 1.0; it must be a whole number"),
+        ({"seed": np.int64(3)}, "--seed is 3; it must be a whole number, of type int and not int64"),
         ({"num_envs": "8"}, "--num-envs is 8; it must be a whole number"),
         ({"gamma": "0.9"}, "--gamma is 0.9; it must be a number"),
         ({"target_kl": "0.1"}, "--target-kl is 0.1; it must be a number"),
@@ -195,12 +197,16 @@ def test_flags_of_a_call_from_python_have_their_types(tmp_path, flags, message):
 def test_a_width_that_plots_cannot_tell_is_refused(monkeypatch, tmp_path):
     """Would catch: a rank share that is twice too large; a rank above the axis of a plot; a number in a name that
     plots take for a width."""
-    for name, width in (("my-wide", 1024), ("tanh-1000", 512)):
+    for name, width, advice in (
+        ("my-wide", 1024, "end the"),
+        ("tanh-1000", 512, "end the"),
+        ("tanh-64", 64, "give it"),
+    ):
         monkeypatch.setitem(ppo.REPRESENTATIONS, name, ppo.Recipe((torch.nn.Tanh,), width=width, outputs=width))
-        with pytest.raises(BadInput, match=rf"^z of {name} has {width} neurons, and plots would take its name for "):
+        with pytest.raises(BadInput, match=rf"^z of {name} has {width} neurons, .* for \d+; {advice}"):
             ppo.check_relations(ppo.Args(activation=name))
     for name, recipe in ppo.REPRESENTATIONS.items():
-        if name not in ("my-wide", "tanh-1000"):
+        if name not in ("my-wide", "tanh-1000", "tanh-64"):
             checks.check_width(ppo.Args(activation=name), recipe.width)
 
 

@@ -27,6 +27,38 @@ def test_two_experiments_are_told_apart(tmp_path, runs_dir, capsys):
     assert len(lines) == 2 * 3
 
 
+def test_two_runs_of_an_activation_have_their_own_colors(tmp_path, runs_dir):
+    """Would catch: two lines that nobody can tell apart, in a picture that asks which run died."""
+    folders = [
+        make_run(runs_dir, "dqn", "Pong", activation, seed) for activation in ("tanh", "relu") for seed in (1, 2, 3)
+    ]
+    figure = compare.draw([compare.read_run(folder) for folder in folders])
+    lines = figure.axes[0].get_lines()
+    assert len({line.get_color() for line in lines}) == 6
+    assert [line.get_color() for line in lines[:6]] == [line.get_color() for line in lines[6:]]  # dead, constant
+    (legend,) = (legend for part in figure.subfigs for legend in part.legends)
+    assert [handle.get_color() for handle in legend.get_lines()[:6]] == [line.get_color() for line in lines[:6]]
+
+
+def test_damage_and_unequal_lengths_are_said(tmp_path, runs_dir, capsys):
+    """Would catch: half a run beside a whole one as if both had ended."""
+    folders = [make_run(runs_dir, "dqn", "Pong", "tanh", seed) for seed in (1, 2)]
+    compare.main(compare.Args(tuple(folders), out=tmp_path / "compare.png"))
+    output, errors = capsys.readouterr()
+    assert "agent steps" not in output
+    assert errors == ""
+    events = next(folders[1].glob("events*"))
+    events.write_bytes(events.read_bytes()[: events.stat().st_size // 2])
+    compare.main(compare.Args(tuple(folders), out=tmp_path / "compare.png"))
+    output, errors = capsys.readouterr()
+    (line,) = [line for line in output.splitlines() if line.startswith("agent steps")]
+    whole, half = (int(word.replace(",", "")) for word in line.split()[2:4])
+    assert whole == 100_000
+    assert half < 70_000
+    assert errors.startswith(f"warning: {folders[1]}: ")
+    assert "truncated or damaged" in errors
+
+
 def panels(figure):
     return {axes.get_title(): axes for axes in figure.axes if len(axes.get_yticklabels()) >= 4 and axes.get_images()}
 

@@ -136,6 +136,27 @@ def test_the_weights_of_a_step_play_and_are_measured(ppo_run, capsys):
 
 
 @pytest.mark.slow
+def test_another_script_than_trained_the_run_is_named(ppo_run, capsys):
+    """Would catch: an ablation's weights that are played, and measured, by the encoder of today, without a word."""
+    file = ppo_run / "config.json"
+    config = json.loads(file.read_text())
+    warning = "warning: ppo_atari_lan.py is not the script that trained this run, or has changed since"
+    for code, warns in (
+        (config["code"], False),
+        (config["code"] | {"lan_utils": "0123"}, False),
+        (config["code"] | {"ppo_atari_lan.py": "0123"}, True),
+        ({"my_ablation.py": config["code"]["ppo_atari_lan.py"]}, True),
+    ):
+        file.write_text(json.dumps(config | {"code": code}))
+        play(ppo_run, episodes=1)
+        assert (warning in capsys.readouterr().err) == warns
+    del config["code"]  # of an older run
+    file.write_text(json.dumps(config))
+    play(ppo_run, episodes=1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
 def test_films_and_measurements_go_into_a_new_folder(ppo_run, capsys, monkeypatch):
     """Would catch: the run's own activations or films overwritten; numbers that are not those of the file; a film of
     nothing; a folder left behind though nothing was written."""

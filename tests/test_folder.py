@@ -325,7 +325,7 @@ def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, caps
     before = folder.describe("dqn", args, CPU, network)
     monkeypatch.setattr(folder.importlib.metadata, "version", lambda name: "0.1" if name == "torch" else "1.0")
     monkeypatch.setattr(folder, "_commit", lambda: "abc")
-    monkeypatch.setattr(folder, "_code", lambda network: "123")
+    monkeypatch.setattr(folder, "_code", lambda *of_script: first["code"] | {"lan_utils": "123"})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Abacus")
     args = dqn.Args(runs_dir=str(tmp_path), eval_episodes=3)
@@ -336,7 +336,8 @@ def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, caps
     assert "warning: so far this run had versions {'torch': '2." in warnings
     assert "warning: so far this run had device cpu, now cuda: it may not continue bit for bit" in warnings
     assert f"warning: so far this run had commit {first['commit']}, now abc" in warnings
-    assert f"warning: so far this run had code {first['code']}, now 123" in warnings
+    lan_utils = first["code"]["lan_utils"]
+    assert f"warning: so far this run had code {{'lan_utils': '{lan_utils}'}}, now {{'lan_utils': '123'}}" in warnings
     assert f"warning: so far this run had threads {first['threads']}, now 3" in warnings
     assert f"warning: so far this run had hardware {first['hardware']}, now NVIDIA Abacus" in warnings
     assert "eval" not in warnings  # it changes nothing of the training
@@ -344,7 +345,8 @@ def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, caps
     (resume,) = now.pop("resumes")
     assert now == first
     assert resume["step"] == 7
-    assert (resume["device"], resume["commit"], resume["code"], resume["threads"]) == ("cuda", "abc", "123", 3)
+    assert (resume["device"], resume["commit"], resume["threads"]) == ("cuda", "abc", 3)
+    assert resume["code"] == first["code"] | {"lan_utils": "123"}
     assert resume["hardware"] == "NVIDIA Abacus"
     assert resume["versions"]["torch"] == "0.1"
     assert resume["args"] == {"eval_episodes": 3}
@@ -360,6 +362,14 @@ def test_what_is_not_as_it_was_warns_and_is_recorded(monkeypatch, tmp_path, caps
     assert capsys.readouterr().err == ""  # another commit with the same code, such as one of the documentation
     assert json.loads((path / "config.json").read_text())["resumes"][2] == {"step": 10, "commit": "def"}
 
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps({key: config[key] for key in config if key not in ("code", "resumes")})
+    )
+    run_folder.record_changes(run_folder.claim(), before, step=11)  # begun before code was recorded
+    assert capsys.readouterr().err == ""
+    assert json.loads((path / "config.json").read_text())["resumes"] == [{"step": 11, "code": first["code"]}]
+
 
 def test_the_code_of_a_run_is_its_script_and_what_it_imports_here(monkeypatch, tmp_path):
     """Would catch: two changes of one script that are both "-dirty"; a script outside of git that no commit holds."""
@@ -370,23 +380,46 @@ def test_the_code_of_a_run_is_its_script_and_what_it_imports_here(monkeypatch, t
         module.__file__ = str(tmp_path / "my_script.py")
         monkeypatch.setitem(sys.modules, "my_script", module)
         exec(script, module.__dict__)
-        return folder._code(module.Network())
+        return folder._code(module.Args(), torch.nn.Linear(3, 2))
 
-    network = "import torch\nclass Network(torch.nn.Linear):\n    def __init__(self): super().__init__(3, 2)\n"
-    first = code_of(network)
-    assert code_of(network) == first
-    assert code_of(network + "# gamma = 0.9\n") != first
+    first = code_of("class Args: pass\n")
+    assert first.keys() == {"my_script.py", "lan_utils", "metrics.py"}
+    assert code_of("class Args: pass\n") == first
+    second = code_of("class Args: pass\ngamma = 0.9\n")
+    assert {name for name in first if first[name] != second[name]} == {"my_script.py"}
+    args = sys.modules["my_script"].Args()
+    with_network = folder._code(args, dqn.QNetwork(4, "relu"))  # of another file
+    assert with_network.keys() == {"my_script.py", "dqn_atari_lan.py", "lan_utils", "metrics.py"}
     monkeypatch.delattr(sys.modules["my_script"], "__file__")  # as in a notebook
-    assert folder._code(sys.modules["my_script"].Network()) not in (first, "")
+    assert folder._code(args).keys() == {"lan_utils", "metrics.py"}
     shutil.copytree(folder.ROOT / "lan_utils", tmp_path / "lan_utils")
     shutil.copy(folder.ROOT / "metrics.py", tmp_path)
-    before = folder._code(torch.nn.Linear(3, 2))
+    before = folder._code(args)
     monkeypatch.setattr(folder, "ROOT", tmp_path)
-    assert folder._code(torch.nn.Linear(3, 2)) == before
-    for name in ("metrics.py", "lan_utils/replay.py"):
-        (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
-        assert folder._code(torch.nn.Linear(3, 2)) != before
-        before = folder._code(torch.nn.Linear(3, 2))
+    assert folder._code(args) == before
+    for file, name in (("metrics.py", "metrics.py"), ("lan_utils/replay.py", "lan_utils")):
+        (tmp_path / file).write_text((tmp_path / file).read_text() + "# changed\n")
+        now = folder._code(args)
+        assert {key for key in now if now[key] != before[key]} == {name}
+        before = now
+
+
+def test_a_flag_without_a_default_resumes(tmp_path):
+    """As tyro takes it. Would catch: a run that starts, and whose every resume ends in a traceback."""
+
+    @dataclasses.dataclass(kw_only=True)
+    class Args(dqn.Args):
+        n_step: int
+        layers: list = dataclasses.field(default_factory=list)
+
+    for n_step in (3, 3):
+        RunFolder("dqn", Args(runs_dir=str(tmp_path), n_step=n_step)).claim()
+        path = tmp_path / NAME
+        args = {key: value for key, value in dataclasses.asdict(Args(runs_dir=str(tmp_path), n_step=3)).items()}
+        del args["layers"]  # of a run that did not know it yet
+        (path / "config.json").write_text(json.dumps({"algorithm": "dqn", "args": args}))
+    with pytest.raises(BadInput, match=r"--n-step 4 \(was 3\)"):
+        RunFolder("dqn", Args(runs_dir=str(tmp_path), n_step=4)).claim()
 
 
 def test_checkpoints_of_a_changed_script_are_not_called_damaged(tmp_path):

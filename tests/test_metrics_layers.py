@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metrics
+import ppo_atari_lan
 
 
 def atari_like():
@@ -124,6 +125,15 @@ def test_constant_zero_dormant_and_saturated_disagree():
     tanh = metrics.layer_metrics(Columns(nn.Tanh()), {"h": "layer"}, 2.0 * column.expand(4, 2) * torch.tensor([1, 2]))
     # tanh(2) = 0.964 is no bound, tanh(4) = 0.9993 is; neither is constant.
     assert tanh["h"] == pytest.approx({"constant": 0, "zero": 0, "dormant": 0, "saturated": 0.5})
+
+
+@pytest.mark.parametrize("activations", [(nn.Identity, nn.Tanh), (nn.Tanh, nn.Identity), (nn.Tanh, nn.Tanh)])
+def test_a_product_with_a_tanh_is_no_tanh(activations):
+    """Would catch: unbounded values counted near a tanh's bounds, where the last factor happens to be one."""
+    for chosen, is_saturable in ((activations, False), ((nn.Tanh,), True)):
+        z = ppo_atari_lan.Hidden(ppo_atari_lan.Recipe(chosen), 5, lambda outputs: nn.Linear(3, outputs))
+        measured = metrics.layer_metrics(z, {"z": z}, torch.randn(20, 3))["z"]
+        assert ("saturated" in measured) == is_saturable
 
 
 @given(st.data())

@@ -8,11 +8,11 @@ from plots.report import NOTHING
 SCRIPT = ROOT / "experiments" / "over_training.py"
 
 
-def make_run(runs_dir, activation, state="stopped", **points):
+def make_run(runs_dir, activation, state="stopped", game="Breakout", **points):
     """A run with these points by tag, of step and value."""
     folder = runs_dir / activation
     folder.mkdir(parents=True)
-    flags = {"env_id": "BreakoutNoFrameskip-v4", "activation": activation, "seed": 1, "total_timesteps": 500_000}
+    flags = {"env_id": f"{game}NoFrameskip-v4", "activation": activation, "seed": 1, "total_timesteps": 500_000}
     (folder / "config.json").write_text(json.dumps({"algorithm": "ppo", "args": flags}))
     (folder / "status.json").write_text(json.dumps({"state": state}))
     tags = {
@@ -68,6 +68,15 @@ def test_means_up_to_each_step_worked_out_by_hand(tmp_path):
     assert values["dead, the paper's count", "PPO tanh 1"] == ["10.0%", NOTHING, NOTHING, NOTHING]
     assert values["return", "PPO tanh 1"] == [NOTHING] * 4
     assert values["dead, the paper's count", "PPO selu 1"] == [NOTHING, "70.0%", NOTHING, NOTHING]
+
+
+def test_runs_of_two_games_are_told_apart(tmp_path):
+    """Would catch: a second game that is refused as a second run, or that stands there without its name."""
+    folders = [make_run(tmp_path / game, "relu", game=game, dead=[(200_000, 0.5)]) for game in ("Pong", "Seaquest")]
+    done = run_script(SCRIPT, *folders)
+    assert done.returncode == 0, done.stderr
+    values, _ = cells(done.stdout)
+    assert {run for _, run in values} == {"PPO relu 1, Pong", "PPO relu 1, Seaquest"}
 
 
 def test_what_has_no_table_is_refused_and_damage_is_named(tmp_path):

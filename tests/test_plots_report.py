@@ -29,7 +29,11 @@ def make_results(runs):
     for algorithm, game, activation, seed, finals, found in runs:
         head = {"algorithm": algorithm, "game": game, "activation": activation, "seed": seed}
         table.append(
-            dict.fromkeys(results.FINAL_VALUES, np.nan) | head | finals | {"drawn": True, "run": "", "note": ""}
+            dict.fromkeys(results.FINAL_VALUES, np.nan)
+            | head
+            | {"agent_steps": 100}
+            | finals
+            | {"drawn": True, "run": "", "note": ""}
         )
         curves += [results.Curve(**head, quantity=quantity, values=values) for quantity, values in found.items()]
     return results.Results(pd.DataFrame(table), curves, {run[0]: 100 for run in runs}, {})
@@ -67,6 +71,44 @@ def test_a_claim_by_hand():
     assert (single["difference"], single["pairs"], single["verdict"]) == (0.0, 1, "open")
     nobody = claim(claims, algorithm="dqn", claim="tanh > tanh-lan", quantity="dead_neurons")
     assert (nobody["pairs"], nobody["verdict"]) == (0, "open")
+
+
+def test_runs_of_unequal_length_are_no_pair_at_their_ends():
+    """Drawn unfinished: three ReLUs at 100 steps, three LaNs at 20, and a fourth pair that is within a hundredth.
+
+    Would catch: "confirmed" for what the longer runs learned meanwhile; a pair that is dropped and not counted.
+    """
+    runs = []
+    for seed in (1, 2, 3, 4):
+        runs.append(("dqn", "Pong", "relu", seed, {"final_return": 9.0 + seed, "dead_neurons": 0.5}, {}))
+        steps = 99.5 if seed == 4 else 20
+        found = {"final_return": 1.0, "dead_neurons": 0.1, "agent_steps": steps}
+        curve = {"effective_rank": np.array([1.0, 2.0, np.nan])}
+        runs.append(("dqn", "Pong", "tanh-lan", seed, found, curve))
+    claims = report.make_claims(make_results(runs))
+    for name, quantity, difference in (
+        ("tanh-lan >= relu", "final_return", -12.0),
+        ("relu > tanh-lan", "dead_neurons", 0.4),
+    ):
+        row = claim(claims, claim=name, quantity=quantity)
+        assert (row["pairs"], row["without_value"], row["verdict"]) == (1, 3, "open")
+        assert row["difference"] == pytest.approx(difference)
+
+
+def test_means_over_fewer_games_say_so(tmp_path, runs_dir):
+    """Would catch: an activation that was trained on the easy game alone, and stands above the others in a table."""
+    for seed in (1, 2):
+        for game, activation in (("Pong", "relu"), ("Breakout", "relu"), ("Pong", "tanh")):
+            make_run(runs_dir, "dqn", game, activation, seed)
+    draw(runs_dir, tmp_path / "out", "tables")
+    text = (tmp_path / "out" / "results.md").read_text()
+    tables = [part for part in text.split("\n## ") if part.startswith(("Table 2", "Aggregates"))]
+    assert len(tables) == 2
+    for table in tables:
+        (tanh,) = [line for line in table.splitlines() if line.startswith("| DQN | Tanh")]
+        (relu,) = [line for line in table.splitlines() if line.startswith("| DQN | ReLU")]
+        assert tanh.count("(1 of 2 games)") >= 6
+        assert "games)" not in relu
 
 
 def test_the_controls_are_claimed_to_do_better_by_every_count():

@@ -21,9 +21,13 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
     make_run(runs_dir, "dqn", "Pong", "relu", 3, exp_name="again")
     make_run(runs_dir, "dqn", "Breakout", "tanh", 1, learning_rate=3e-4, new_flag=0.0)
     (make_run(runs_dir, "dqn", "Pong", "selu", 4) / "config.json").write_text("{")
-    for activation, seed, code in (("relu", 1, {}), ("relu", 2, {}), ("tanh", 1, {"resumes": [{"code": "b2"}, {}]})):
+    for activation, seed, code in (
+        ("relu", 1, {}),
+        ("relu", 2, {}),
+        ("tanh", 1, {"resumes": [{"code": {"dqn.py": "b2"}}, {}]}),
+    ):
         file = runs_dir / f"PongNoFrameskip-v4__dqn_atari_lan__{activation}__{seed}" / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "a1"} | code))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"code": {"dqn.py": "a1", "lan_utils": "c3"}} | code))
     (runs_dir / "empty").mkdir()
     (runs_dir / "other_program").mkdir()
     (runs_dir / "other_program" / "config.json").write_text('{"args": 3}')
@@ -41,7 +45,8 @@ def test_what_is_left_out_is_named_listed_and_counted(tmp_path, runs_dir, capsys
         "missing, dqn relu, 1 run(s) that others have: Breakout 1",
         "mixed, dqn runs differ in --learning-rate: 0.0001 in 5 run(s); "
         "0.0003 in 1 run(s) (BreakoutNoFrameskip-v4__dqn_atari_lan__tanh__1)",
-        "mixed, dqn runs were trained by different code: a1 in 2 run(s); a1, then b2 in 1 run(s) (PongNoFrameskip-v4__",
+        "mixed, dqn runs were trained by different code: dqn.py a1 lan_utils c3 in 2 run(s); "
+        "dqn.py a1 lan_utils c3, then dqn.py b2 in 1 run(s) (PongNoFrameskip-v4__",
         "mixed, dqn runs differ in --new-flag: not recorded in 5 run(s); 0.0 in 1 run(s) (Breakout",
         "no normalised score, dqn Breakout: no finished ReLU baseline",
     ):
@@ -88,6 +93,18 @@ def test_a_try_of_another_length_does_not_replace_the_studys_run(tmp_path, runs_
     for name in ("longer__tanh", "quickstart__tanh-lan"):
         note = found[f"PongNoFrameskip-v4__{name}__1"]["note"]
         assert note == f"same seed as PongNoFrameskip-v4__dqn_atari_lan__{name.split('__')[1]}__1"
+
+
+def test_a_damaged_run_does_not_push_out_its_whole_twin(tmp_path, runs_dir):
+    """Would catch: of a seed the run whose event file lost its end, which is then left out for its length."""
+    for seed in (1, 2, 3):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed, stop=0.4 if seed == 1 else 1.0)
+    make_run(runs_dir, "dqn", "Pong", "relu", 1, exp_name="again")
+    table = read_study(runs_dir, tmp_path).runs.set_index("run")
+    whole, damaged = "PongNoFrameskip-v4__again__relu__1", "PongNoFrameskip-v4__dqn_atari_lan__relu__1"
+    assert table["drawn"].sum() == 3
+    assert table.loc[whole, "drawn"]
+    assert table.loc[damaged, "note"] == f"same seed as {whole}"
 
 
 def two_experiments(runs_dir, exp_name="a_lr1e-4", **changes):
