@@ -343,7 +343,7 @@ def test_a_shortage_that_passes_is_waited_for(project, shortage):
     """Would catch: a list of hundreds of runs that fails within minutes because somebody else took the memory; an
     error for another reason, or a signal, that is waited for; a run that never fitted, and waits for ever."""
     script = project / "scripts" / "sweep.sh"
-    script.write_text(script.read_text().replace("WAIT_SECONDS=300", "WAIT_SECONDS=1"))
+    script.write_text(script.read_text().replace("WAIT_SECONDS=300", "WAIT_SECONDS=2"))
     short = f"import os, sys\nif not os.path.exists('free'): sys.exit('error: {shortage}; lower x')\n"
     (project / "standin.py").write_text(STANDIN.replace("parser = ", f"{short}parser = ", 1))
     file = job_list(project, *(f"python standin.py --seed {seed}" for seed in (1, 2)))
@@ -353,8 +353,10 @@ def test_a_shortage_that_passes_is_waited_for(project, shortage):
     )
     log = project / "runs" / ".sweep" / f"{GAME}__standin__tanh-lan__1.log"
     wait_until(lambda: log.exists() and log.read_text().count(" waits\n") >= 4, process)  # more than the three tries
-    table = sweep(project, "--status", file).stdout.splitlines()
-    assert table[0].split(maxsplit=2)[::2] == ["running", "waits for free memory or disk"]
+    wanted = ["running", "waits for free memory or disk"]  # but for the moments in which it is tried
+    wait_until(
+        lambda: sweep(project, "--status", file).stdout.splitlines()[0].split(maxsplit=2)[::2] == wanted, process
+    )
     (project / "free").touch()
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0, output
@@ -362,7 +364,7 @@ def test_a_shortage_that_passes_is_waited_for(project, shortage):
     assert output.splitlines()[-1] == "2 of 2 runs have finished, 0 failed"
 
     (project / "free").unlink()
-    script.write_text(script.read_text().replace("WAIT_SECONDS=1", "WAIT_SECONDS=100"))
+    script.write_text(script.read_text().replace("WAIT_SECONDS=2", "WAIT_SECONDS=100"))
     file = job_list(project, "python standin.py --seed 3")
     process = subprocess.Popen(
         command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
