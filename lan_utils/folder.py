@@ -322,7 +322,7 @@ def _code(*of_script: Any) -> dict[str, str]:
     A commit does not tell one change of a script from the next.
     """
     modules = {type(each).__module__ for each in of_script if not type(each).__module__.startswith("torch.")}
-    scripts = sorted(Path(file) for name in modules if (file := getattr(sys.modules[name], "__file__", None)))
+    scripts = sorted(Path(file) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None)))
     helpers = {
         "lan_utils": digest_of(*sorted((ROOT / "lan_utils").glob("*.py"))),
         "metrics.py": digest_of(ROOT / "metrics.py"),

@@ -392,6 +392,8 @@ def test_the_code_of_a_run_is_its_script_and_what_it_imports_here(monkeypatch, t
     assert with_network.keys() == {"my_script.py", "dqn_atari_lan.py", "lan_utils", "metrics.py"}
     monkeypatch.delattr(sys.modules["my_script"], "__file__")  # as in a notebook
     assert folder._code(args).keys() == {"lan_utils", "metrics.py"}
+    monkeypatch.delitem(sys.modules, "my_script")  # executed, and never imported
+    assert folder._code(args).keys() == {"lan_utils", "metrics.py"}
     shutil.copytree(folder.ROOT / "lan_utils", tmp_path / "lan_utils")
     shutil.copy(folder.ROOT / "metrics.py", tmp_path)
     before = folder._code(args)
