@@ -258,8 +258,8 @@ class Run:
             self.step = self._saved = state["step"]
         refuse_unless(
             self._saved is not None or not misfit,
-            f"the newest whole checkpoint in {self.checkpoints.folder} is not of this script: {misfit}; nothing was "
-            "changed: undo what was changed in the script since then, or train it as another run with --exp-name",
+            f"the newest whole checkpoint in {self.checkpoints.folder} is not of this script: {misfit}; the run was "
+            "left as it is: undo what was changed in the script since then, or train it as another run with --exp-name",
         )
         if self._saved is None and self.checkpoints:
             raise BadInput(
