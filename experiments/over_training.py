@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lan_utils.cli import BadInput, launch, warn
+from lan_utils.cli import BadInput, launch
 from plots.events import LAYERS, REPRESENTATION, RETURN
 from plots.report import NOTHING, markdown_table
 from plots.results import RecordedRun, read_run
@@ -62,14 +62,12 @@ def value_at(run: RecordedRun, tag: str, step: int) -> float:
 
 def main(args: Args) -> None:
     runs: dict[str, RecordedRun] = {}
-    read = {folder: read_run(folder) for folder in args.folders}
-    several = len({run.game for run in read.values()}) > 1
-    for folder, run in read.items():
-        for problem in run.problems:
-            warn(f"{folder}: {problem}")
+    read = [read_run(folder) for folder in args.folders]
+    several = len({run.game for run in read}) > 1
+    for run in read:
         name = f"{run.algorithm.upper()} {run.activation} {run.seed}" + f", {run.game}" * several
         if name in runs:
-            raise BadInput(f"{folder} is a second run of {name}, beside {runs[name].folder}; name one of them")
+            raise BadInput(f"{run.folder} is a second run of {name}, beside {runs[name].folder}; name one of them")
         runs[name] = run
     steps = [step for step in STEPS if any(reached(run, step) for run in runs.values())]
     if not steps:

@@ -173,6 +173,13 @@ def group_of(flags: Mapping[str, Any]) -> str:
     return flags["activation"] + (f"+conv-{conv}" if conv != "relu" else "")
 
 
+def codes_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What config.json says of the code that trained a run: at its beginning, and after each resume that changed it."""
+    resumes = config["resumes"] if isinstance(config.get("resumes"), list) else []
+    codes = (part.get("code") for part in (config, *resumes) if isinstance(part, dict))
+    return [code for code in codes if isinstance(code, dict)]
+
+
 # Games whose transitions took more than 1,250 bytes in DQN's replay memory: the larger of two kinds of random play
 # (results/replay_benchmark_every.txt has all games).
 TRANSITION_BYTES = {

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lan_utils import study
-from lan_utils.cli import BadInput
+from lan_utils.cli import BadInput, warn
 from lan_utils.files import read_json
 from plots import statistics
 from plots.events import LAYERS, REPRESENTATION, RETURN, Points, read_events
@@ -98,15 +98,13 @@ def read_config(folder: Path) -> RecordedRun | None:
         return None
     algorithm, env_id, activation = map(printable, (*names[:2], study.group_of(flags)))
     game = env_id.removesuffix("NoFrameskip-v4")
-    resumes = config["resumes"] if isinstance(config.get("resumes"), list) else []
-    codes = [part.get("code") for part in (config, *resumes) if isinstance(part, dict)]
-    codes = [code for code in codes if isinstance(code, dict)]
-    code = printable(", then ".join(" ".join(f"{name} {digest}" for name, digest in each.items()) for each in codes))
+    codes = (" ".join(f"{name} {digest}" for name, digest in code.items()) for code in study.codes_of(config))
+    code = printable(", then ".join(codes))
     return RecordedRun(folder, algorithm, game, activation, seed, flags, is_finished(folder), code)
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """A run with its points.
+    """A run with its points; what is wrong with its files is named on stderr.
 
     Raises:
         BadInput: it is no run's folder.
@@ -118,6 +116,8 @@ def read_run(folder: Path) -> RecordedRun:
         raise BadInput(f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
     points, run.agent_steps, run.problems = read_events(sorted(folder.glob("events.out.tfevents.*")))
     run.points = without_rounding(points)
+    for problem in run.problems:
+        warn(f"{folder}: {problem}")
     return run
 
 

@@ -19,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
-from lan_utils.cli import BadInput, launch, warn
+from lan_utils.cli import BadInput, launch
 from lan_utils.files import replace
 from plots import figures, matplotlib
 from plots.events import LAYERS, REPRESENTATION
@@ -59,8 +59,6 @@ def read_measured_run(folder: Path) -> RecordedRun:
         BadInput: it is no run's folder, or nothing was measured in it yet.
     """
     run = read_run(folder)
-    for problem in run.problems:
-        warn(f"{folder}: {problem}")
     if f"{REPRESENTATION}{CONSTANT}" not in run.points:
         raise BadInput(f"{folder} has no measurement of its neurons yet; train longer, or with --metrics-frequency")
     return run
@@ -129,7 +127,7 @@ def draw_neurons(axes: Axes, z: np.ndarray, label: str) -> None:
 def colors_of(runs: list[RecordedRun]) -> list[str]:
     """The activations' own; of several runs of one, each after the first has another."""
     colors: list[str] = []
-    others = iter(itertools.cycle(matplotlib.colormaps["tab10"].colors))
+    others = itertools.cycle(matplotlib.colormaps["tab10"].colors)
     for run in runs:
         own = matplotlib.colors.to_hex(study.style(run.activation).color)
         while own in colors and len(colors) < 10:

@@ -38,7 +38,7 @@ from lan_utils.cli import BadInput, launch, print_line, warn
 from lan_utils.files import read_json, replace
 from lan_utils.folder import digest_of
 from lan_utils.run import measure_network, measure_representation
-from lan_utils.study import ATARI_SCORES, ROOT, group_of, read_atari_scores
+from lan_utils.study import ATARI_SCORES, ROOT, codes_of, group_of, read_atari_scores
 
 
 @dataclass
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
         check_env_id(flags["env_id"])
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
-    codes = [part["code"] for part in (config, *config.get("resumes", ())) if part.get("code")]
+    codes = codes_of(config)
     if codes and codes[-1].get(f"{name}.py") != digest_of(ROOT / f"{name}.py"):
         warn(f"{name}.py is not the script that trained this run, or has changed since: its agent may play otherwise")
     return script, flags

@@ -14,7 +14,7 @@ set -uo pipefail
 TRIES=3
 CHECKPOINT_SECONDS=120 # for a stopped run to write its checkpoint
 WAIT_SECONDS=300 # until a run that found too little memory or disk is tried again
-WAITS=48          # at most, for each of the tries
+WAITS=48 # at most, for each of the tries
 SHORTAGE='not enough memory|No space left|Disk quota exceeded' # in the last line of such a run
 RUN_GPU_MEMORY=2000 # MB of a GPU; 1,100 to 1,550 were measured on one (docs/speed.md)
 RUN_CUDA_RAM=1400 # MB that CUDA adds to a run's RAM, as checks.py has it

@@ -151,7 +151,7 @@ def test_another_script_than_trained_the_run_is_named(ppo_run, capsys):
         play(ppo_run, episodes=1)
         assert (warning in capsys.readouterr().err) == warns
     del config["code"]  # of an older run
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config | {"resumes": None}))  # damaged
     play(ppo_run, episodes=1)
     assert capsys.readouterr().err == ""
 

@@ -85,6 +85,7 @@ def test_what_has_no_table_is_refused_and_damage_is_named(tmp_path):
     cases = {
         tmp_path: "is not a run's folder: its config.json is missing or unreadable; name a run in it",
         make_run(tmp_path / "again", "relu", dead=[(200_000, 0.5)]): "is a second run of PPO relu 1, beside",
+        run: "is a second run of PPO relu 1, beside",
     }
     for folder, message in cases.items():
         done = run_script(SCRIPT, run, folder)
