@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from plots_common import points
 from scipy import stats
 
@@ -78,6 +79,22 @@ def test_intervals_cover_the_truth_as_often_as_they_can(monkeypatch):
     expected = 2 * stats.norm.cdf(1.96 * np.sqrt(4 / 5)) - 1
     assert mean == pytest.approx(expected, abs=0.045)
     assert min(median, iqm) > 0.85
+
+
+@pytest.mark.parametrize(("games", "seeds", "stated"), [(8, 5, 0.90), (1, 5, 0.83), (2, 3, 0.80)])
+def test_few_seeds_have_too_narrow_intervals_as_stated(games, seeds, stated, monkeypatch):
+    """How often a mean's interval covers the truth, as docs/figures.md has it.
+
+    Would catch: a bootstrap that became wider or narrower while the page still warns of the old one.
+    """
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        low, high = statistics.interval(statistics.aggregates, list(rng.normal(size=(games, seeds))))
+        covered += low[0] < 0 < high[0]
+    assert covered / 300 == pytest.approx(stated, abs=0.05)
+    assert f"{stated:.0%}".replace("%", " %") in (ROOT / "docs/figures.md").read_text()
 
 
 def test_the_interval_of_an_improvement_covers_the_truth(monkeypatch):
