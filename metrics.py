@@ -8,7 +8,7 @@ This file needs torch and nothing else: copy it into any project. Three lines me
 
 Names are those of `q_network.named_modules()`. docs/metrics.md compares the definitions.
 
-Everything else is a pure function of activations, a float tensor (n, w): n observations, w neurons, on any device.
+Everything else is a pure function of activations, a float tensor (n, w): n observations, w neurons, on the CPU or CUDA.
 "dead" always means: the neuron outputs (almost) the same value whatever the observation.
 """
 
@@ -156,7 +156,7 @@ def dead_neurons_scaled(
     scale = _centred(activations).square().mean().sqrt()
     if scale == 0:
         return torch.ones(activations.shape[1], dtype=torch.bool, device=activations.device)
-    return dead_neurons(activations / scale, threshold, noise_variance, generator)
+    return dead_neurons(activations.float() / scale, threshold, noise_variance, generator)
 
 
 def effective_rank_centred(features: Tensor, delta: float = 0.01) -> int:
@@ -196,7 +196,7 @@ def effective_rank(features: Tensor, delta: float = 0.01) -> int:
     Raises:
         ValueError: wrong shape or values that are not finite.
     """
-    return _effective_rank(_singular_values(features), delta)
+    return _effective_rank(_without_noise(_singular_values(features)), delta)
 
 
 def entropy_rank(features: Tensor) -> float:
@@ -245,7 +245,7 @@ def pca_rank(features: Tensor, share: float = 0.99) -> int:
         ValueError: as `effective_rank`.
     """
     _check(features)
-    return _effective_rank(_singular_values(_centred(features)).square(), 1 - share)
+    return _effective_rank(_without_noise(_singular_values(_centred(features))).square(), 1 - share)
 
 
 def _singular_values(features: Tensor) -> Tensor:
@@ -255,13 +255,18 @@ def _singular_values(features: Tensor) -> Tensor:
     # and float32 features hold no more.
     features = features.double()
     gram = features.T @ features if features.shape[0] >= features.shape[1] else features @ features.T
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    # On the CPU, since CUDA refuses `cumsum` to those who ask torch for deterministic algorithms.
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).cpu()
 
 
-def _effective_rank(singular_values: Tensor, delta: float) -> int:
+def _without_noise(singular_values: Tensor) -> Tensor:
     # A null direction's singular value is the root of the Gram matrix's rounding: hundreds of them would add up.
     noise = singular_values[0] * math.sqrt(torch.finfo(singular_values.dtype).eps * len(singular_values))
-    share = singular_values.masked_fill(singular_values < noise, 0).cumsum(0)
+    return singular_values.masked_fill(singular_values < noise, 0)
+
+
+def _effective_rank(sizes: Tensor, delta: float) -> int:
+    share = sizes.cumsum(0)
     if share[-1] == 0:
         return 0
     # The slack lets a share of exactly 1 - delta survive rounding.
@@ -337,7 +342,7 @@ def representation_metrics(
     singular_values = _singular_values(activations)
     metrics = {
         "dead_neurons": float((peaks >= threshold).float().mean()),
-        "effective_rank": float(_effective_rank(singular_values, delta=0.01)),
+        "effective_rank": float(_effective_rank(_without_noise(singular_values), delta=0.01)),
         "entropy_rank": _entropy_rank(singular_values),
         "dormant_neurons": float(dormant_neurons(activations).float().mean()),
         "std_dead_neurons": float((activations.std(dim=0) < 1e-3).float().mean()),
@@ -365,22 +370,23 @@ def record(
 ) -> dict[str, Tensor]:
     """The outputs of some modules while `network(observations)` runs: in evaluation mode, without gradients.
 
-    The network is left as it was, also after an error: training mode, gradients, no hook. If it is compiled, or wrapped
-    for several devices, the module inside is run.
+    The network is left as it was, also after an error: training mode, gradients, no hook, and the random numbers that a
+    network which samples would draw next. If it is compiled, or wrapped for several devices, the module inside is run.
 
     Args:
         network: any module.
         modules: by the name under which its output is returned: a module of the network, or its dotted name.
-        observations: what the network takes, passed on as it is.
-        chunk: splits a tensor of observations, so many at a time, to save memory.
+        observations: the network's one argument, passed on as it is.
+        chunk: splits a tensor along its first axis, which then has to be the observations (of a recurrent network, not
+            time), so many at a time, to save memory.
 
     Returns:
         {name: output} in float32, on the network's device, observations along the first axis.
 
     Raises:
         ValueError: a module that the network does not have, does not call, or calls more than once; an output that is
-            not a tensor (of a recurrent or attention module, the first output counts: the sequence); `chunk` with
-            observations that are not a tensor.
+            not a tensor, or nested (of a recurrent or attention module, the first output counts: the sequence); `chunk`
+            with observations that are not a tensor.
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in modules}
     _watch(network, modules, observations, chunk, lambda name, output: pieces[name].append(output.clone()))
@@ -393,7 +399,8 @@ def layer_metrics(
     """What the units of some layers do on these observations, and the gradients that their parameters hold.
 
     A unit is a neuron, or a channel of a convolution at all its positions; of a sequence (n, time, units), a neuron at
-    all its times. Beyond the paper, which looks at z alone.
+    all its times. A module without weights whose output has 4 or 5 dimensions is taken to put out maps, (n, channels,
+    height, width). Beyond the paper, which looks at z alone.
 
     Args: as `record`. Name modules that hold the weights and end with the activation, so that both are measured.
 
@@ -402,7 +409,8 @@ def layer_metrics(
         constant: standard deviation over the observations below 1e-3, at every position.
         zero: exactly 0 on every observation, at every position.
         dormant: mean |h| at most 0.025 of the layer's mean (Sokar et al. 2023), over a channel's positions too.
-        saturated: fraction of the values within 0.01 of a bound of tanh or sigmoid, where the module ends with one.
+        saturated: fraction of the values within 0.01 of a bound of tanh or sigmoid, where the module is one or an
+            `nn.Sequential` that ends with one.
         and, where the module has any, the values of `gradient_metrics`.
 
     Raises:
@@ -434,7 +442,10 @@ def record_and_measure(
 
 
 def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
-    """Norms of the weights of a module's linear and convolutional layers, and of their gradients in the latest update.
+    """Norms of the weights of a module's linear and convolutional layers, and of the gradients that they hold.
+
+    Clipping changes gradients in place, so that after `clip_grad_norm_` they are the clipped ones. Transposed
+    convolutions do not count, nor do weights that are computed from others, as by `spectral_norm`.
 
     Returns:
         {} without such layers; without gradients, weight_norm alone.
@@ -442,7 +453,8 @@ def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
         no_gradient: fraction of the module's output units whose incoming weights' gradient has an L2 norm of at most
             tau of the layer's mean. In an `nn.Sequential` the last layer counts; layers in any other module are taken
             to be parallel, and all count: name a residual block's layers one by one. Missing if their widths
-            differ. (GraMa, Liu et al. 2025, takes the gradient with respect to the activation.)
+            differ, or if the last layer is of another kind. (GraMa, Liu et al. 2025, takes the gradient with respect
+            to the activation.)
     """
     weights = list({layer.weight: None for layer in module.modules() if _has_weights(layer)})
     if not weights:
@@ -460,17 +472,29 @@ def gradient_metrics(module: nn.Module, tau: float = 0.025) -> dict[str, float]:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    # To look at a weight that `spectral_norm` computes would change it.
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" in module._parameters
 
 
 def _last_layers(module: nn.Module) -> list[nn.Module]:
     """The layers whose outputs a module's units are made of."""
     if _has_weights(module):
         return [module]
-    layers = [_last_layers(child) for child in module.children()]
+    children = list(module.children())
     if isinstance(module, nn.Sequential):
-        layers = [found for found in layers if found][-1:]
-    return [layer for found in layers for layer in found]
+        # The last with a matrix of any kind: neither an activation nor a normalisation, but a layer that is not known.
+        children = [each for each in children if any(weight.ndim > 1 for weight in each.parameters())][-1:]
+    return [layer for child in children for layer in _last_layers(child)]
+
+
+def _last_activation(module: nn.Module) -> nn.Module | None:
+    """What is applied last, where the module's kind says so: a product with a tanh is not a tanh."""
+    children = list(module.children())
+    if isinstance(module, nn.Sequential) and children:
+        return _last_activation(children[-1])
+    if [type(child) for child in children] == [nn.ModuleDict] and len(children[0]) == 1:
+        return _last_activation(*children[0].values())  # this project's `Hidden`, with a single factor
+    return None if children else module
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -517,20 +541,23 @@ def _watch(
             output = output[0]  # the others are its last states, or the attention
         if not isinstance(output, Tensor):
             raise ValueError(f"{name} returns {type(output).__name__}, not a tensor: name the module that makes it")
+        if output.is_nested:
+            raise ValueError(
+                f"{name} returns a nested tensor: give its `nn.TransformerEncoder` enable_nested_tensor=False"
+            )
         if name in called:
             raise ValueError(f"{name} was called more than once in one pass: name a module that is called once")
         called.add(name)
         see(name, output.detach().float())
 
     modes = {module: module.training for module in network.modules()}
+    cards = {each.device for each in network.parameters() if each.device.type == "cuda"}
     hooks = []
-    # A compiled graph would not call the hooks. Importing dynamo takes seconds; before that nothing is compiled.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         for name, module in found.items():
             hooks.append(module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, output)))
         network.eval()
-        with torch.no_grad(), eager:
+        with torch.no_grad(), torch.random.fork_rng(cards), _eager():
             for piece in observations.split(chunk) if chunk else (observations,):
                 called.clear()
                 network(piece)
@@ -543,6 +570,13 @@ def _watch(
             module.training = mode
 
 
+def _eager() -> contextlib.AbstractContextManager:
+    """A compiled graph would not call the hooks; nothing is compiled before dynamo, which takes seconds to import."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # torch has it since 2.6
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 class _Units:
     """Running statistics of a layer's units: a few numbers for each of their positions, (positions, units)."""
 
@@ -552,10 +586,7 @@ class _Units:
         self.is_dense = any(isinstance(layer, (nn.Linear, nn.RNNBase, nn.Embedding)) for layer in layers)
         convolutions = CONVOLUTIONS | TRANSPOSED
         self.map_dims = {2 + dims for kind, dims in convolutions.items() for each in layers if isinstance(each, kind)}
-        # A product with a tanh is not a tanh.
-        is_product = any(isinstance(layer, nn.ModuleDict) and len(layer) > 1 for layer in layers)
-        bounded = [layer for layer in layers if type(layer) in BOUNDS]
-        self.bounds = BOUNDS[type(layers[-1])] if bounded == layers[-1:] and not is_product else None
+        self.bounds = BOUNDS.get(type(_last_activation(module)))
         self.n, self.near_bounds = 0, 0
 
     def _units_first(self, output: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """metrics.py against scipy, numpy and numbers worked out by hand."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,12 @@ def test_a_constant_layer_has_no_scaled_count():
         values = metrics.representation_metrics(z)
         assert values["std_dead_neurons"] == pytest.approx(constant / 512)
         assert ("dead_neurons_scaled" in values) == is_logged
+
+
+def test_the_scaled_count_of_half_precision():
+    """Would catch: one large constant neuron that overflows float16 once it is divided by the others' deviation."""
+    activations = torch.cat([torch.full((64, 1), 1000.0), 0.01 * torch.randn(64, 7)], dim=1).half()
+    assert metrics.dead_neurons_scaled(activations).tolist() == [True] + [False] * 7
 
 
 def test_dormant_neurons_by_hand():
@@ -389,11 +396,13 @@ def test_record_leaves_the_network_as_it_was(network, module, chunk, error, mess
 
 
 def test_this_file_works_copied_alone_into_an_empty_folder(tmp_path):
-    """Would catch: an import of this project, of TensorBoard, of anything that torch has not imported itself."""
+    """Would catch: an import of this project, of TensorBoard, of numpy, which torch may or may not have imported."""
+    imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "metrics.py").read_text(), flags=re.MULTILINE)
+    assert set(imports) - sys.stdlib_module_names == {"torch"}
     shutil.copy(ROOT / "metrics.py", tmp_path)
     code = f"""
 import sys
-import numpy, torch
+import torch
 before = set(sys.modules)
 sys.path = [{str(tmp_path)!r}] + [entry for entry in sys.path if entry != {str(ROOT)!r}]
 import metrics
@@ -422,6 +431,8 @@ def test_stable_and_pca_rank_by_hand():
     features = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) / math.sqrt(2)
     assert metrics.stable_rank(features) == pytest.approx(10 / 9)
     assert [metrics.pca_rank(features, share) for share in (0.5, 0.9, 0.91)] == [1, 1, 2]
+    # Variances of 1 and 1e-8: small singular values count until their square is lost too.
+    assert metrics.pca_rank(features * torch.tensor([1.0, 3e-4]), 1 - 1e-9) == 2
     assert metrics.pca_rank(features + 100) == 2  # where they lie does not count
     assert metrics.stable_rank(torch.zeros(5, 3)) == 0
     assert metrics.pca_rank(torch.full((5, 3), 7.0)) == 0

@@ -136,6 +136,34 @@ def test_a_product_with_a_tanh_is_no_tanh(activations):
         assert ("saturated" in measured) == is_saturable
 
 
+class Gated(nn.Module):
+    """A gated linear unit, or a residual block: what is registered last is not what the units are."""
+
+    def __init__(self, is_residual):
+        super().__init__()
+        self.is_residual = is_residual
+        self.value, self.gate = (
+            nn.Linear(3, 3),
+            nn.Sequential(nn.Linear(3, 3), nn.Tanh() if is_residual else nn.Sigmoid()),
+        )
+
+    def forward(self, x):
+        return x + self.gate(x) if self.is_residual else self.value(x) * self.gate(x)
+
+
+def test_only_what_surely_ends_with_a_tanh_is_called_saturated():
+    """Would catch: any negative value of a gated unit, counted as a sigmoid near 0."""
+    for network, is_bounded in (
+        (Gated(False), False),
+        (Gated(True), False),
+        (nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.LayerNorm(3), nn.Tanh())), True),
+        (nn.Sequential(nn.Tanh(), nn.Linear(3, 3)), False),
+        (nn.Sigmoid(), True),
+    ):
+        measured = metrics.layer_metrics(network, {"h": network}, 5 * torch.randn(20, 3))["h"]
+        assert ("saturated" in measured) == is_bounded
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_chunks_equal_one_pass_and_numpy(data):
@@ -213,6 +241,45 @@ def test_which_layers_a_units_incoming_weights_are_in():
     tied[2].weight = tied[0].weight
     expected = float(tied[0].weight.detach().norm())
     assert metrics.gradient_metrics(tied)["weight_norm"] == pytest.approx(expected)  # counted once
+
+
+class Noisy(nn.Module):
+    """A layer of somebody's own, as Rainbow's."""
+
+    def __init__(self):
+        super().__init__()
+        self.mu = nn.Parameter(torch.randn(4, 10))
+
+    def forward(self, x):
+        return x @ self.mu.T
+
+
+@pytest.mark.parametrize(
+    "last", [(Noisy(),), (nn.Unflatten(1, (10, 1)), nn.ConvTranspose1d(10, 4, 2)), (nn.RNNCell(10, 4),)]
+)
+def test_the_gradients_of_an_unknown_last_layer_are_not_those_of_the_one_before(last):
+    stack = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), *last, nn.ReLU())
+    stack(torch.randn(8, 6)).sum().backward()
+    assert set(metrics.gradient_metrics(stack)) == {"weight_norm", "grad_norm"}
+    normalised = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.PReLU(10))
+    normalised(torch.randn(8, 6)).square().sum().backward()
+    assert "no_gradient" in metrics.gradient_metrics(normalised)  # neither of them is a layer
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.weight_norm],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_is_left_alone(normalise):
+    """Would catch: power iterations of a spectral norm, done by measuring it."""
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), normalise(nn.Linear(5, 4)), nn.ReLU())
+    network(torch.randn(8, 6)).sum().backward()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    measured = metrics.layer_metrics(network, {"h": "2", "all": network}, torch.randn(8, 6))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert set(measured["h"]) == {"constant", "zero", "dormant"}
+    assert set(measured["all"]) == {"constant", "zero", "dormant", "weight_norm", "grad_norm"}
 
 
 # --------------------------------------------------------------------------------------------- any network
@@ -359,6 +426,55 @@ def test_measuring_changes_nothing():
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     after = [weight.grad for weight in network.parameters()]
     assert all(torch.equal(before, now) for before, now in zip(gradients, after, strict=True))
+
+
+class Policy(nn.Module):
+    """Samples its actions in `forward`, as those of stable-baselines3 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return torch.distributions.Categorical(logits=self.body(x)).sample()
+
+
+def test_a_network_that_samples_draws_what_it_would_have_drawn():
+    """Would catch: a training that goes another way once it is measured."""
+    network, x = Policy(), torch.randn(8, 3)
+    before = torch.get_rng_state()
+    metrics.layer_metrics(network, {"h": "body"}, x, chunk=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="was not called"):  # after it has sampled
+        metrics.record(network, {"h": "unused"}, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_torch_before_stances(monkeypatch):
+    """Would catch: an AttributeError with cleanrl's torch 2.4, once an optimizer has imported dynamo."""
+    import torch._dynamo
+
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    assert metrics.record(nn.Sequential(nn.Linear(3, 4)), {"h": "0"}, torch.ones(2, 3))["h"].shape == (2, 4)
+
+
+def test_nested_outputs_are_refused():
+    """A transformer's fast path packs a padded batch. Would catch: torch's advice to file an issue."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    class Padded(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 1, **options)
+
+        def forward(self, x):
+            return self.encoder(x, src_key_padding_mask=torch.arange(5) > 2 + torch.arange(len(x))[:, None])
+
+    x = torch.randn(4, 5, 8)
+    with pytest.raises(ValueError, match="enable_nested_tensor=False"):
+        metrics.layer_metrics(Padded(), {"h": "encoder.layers.0"}, x)
+    network = Padded(enable_nested_tensor=False)
+    assert metrics.layer_metrics(network, {"h": "encoder.layers.0"}, x)["h"]["constant"] == 0
 
 
 def test_a_layer_that_works_in_place_does_not_change_what_was_recorded():
