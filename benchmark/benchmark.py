@@ -6,8 +6,9 @@ python benchmark/benchmark.py --at-once 1 2   as many runs at once, one core and
 python benchmark/benchmark.py --against DIR   another checkout of this project in place of stable-baselines3
 
 The same game, activation (relu), hyperparameters and number of threads for all; each run is a process of its own, timed
-after its warm-up. Compare ratios, not seconds: both sides alternate, so that both see the same load. With a GPU the
-runs use it, and its memory is measured too. Recorded in results/benchmark*.json, by machine.
+after its warm-up. Compare ratios, not seconds: both sides alternate, so that both see the same load. Games run in the
+training's process. With a GPU the runs use it, its memory is measured too, and ours play in worker processes, as by
+default: their time is in "by CPU", their memory is not in "peak GB". Recorded in results/benchmark*.json, by machine.
 """
 
 import bisect
@@ -66,7 +67,8 @@ BROKEN_DOWN = {
     "pqn": ("pqn", []),
     "pqn --amp": ("pqn", ["--amp"]),
 }
-WARM_UP = {"dqn": 2000, "ppo": 3 * 1024, "pqn": 2 * 4096}  # agent steps: past the start of learning, and compilation
+# Agent steps: past the start of learning, compilation, and the first observations that can be measured.
+WARM_UP = {"dqn": 2500, "ppo": 3 * 1024, "pqn": 2 * 4096}
 TIMED = {"dqn": 2000, "ppo": 5 * 1024, "pqn": 2 * 4096}
 TIMES_ON_CUDA = 4  # as many times longer, or PPO and PQN would take only seconds
 RAM_GB = 24  # of the machine for which `how_many_fit` counts runs
@@ -200,7 +202,7 @@ def run_all(
                     [sys.executable, *command],
                     stdout=stack.enter_context(open(folder / f"{n}.out", "w")),
                     stderr=stack.enter_context(open(folder / f"{n}.err", "w")),
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                    env=os.environ | ({} if cuda and not pinned else {"OMP_NUM_THREADS": str(threads)}),
                     cwd=folder,
                     preexec_fn=functools.partial(os.sched_setaffinity, 0, {cores[n]}) if pinned else None,
                 )
@@ -208,7 +210,7 @@ def run_all(
             while running:
                 time.sleep(0.2)
                 for n, process in list(running.items()):
-                    cpu[n].add(sum(psutil.Process(process.pid).cpu_times()[:2]))
+                    cpu[n].add(cpu_seconds(process.pid))
                     pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                     if pid:
                         process.returncode = os.waitstatus_to_exitcode(status)
@@ -224,6 +226,16 @@ def run_all(
                     process.kill()
                     process.wait()
     return peaks, cpu, most - before
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and of the workers that it has."""
+    process = psutil.Process(pid)
+    seconds = sum(process.cpu_times()[:2])
+    for worker in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seconds += sum(worker.cpu_times()[:2])
+    return seconds
 
 
 def failure(name: str, code: int, errors: Path) -> str:
@@ -274,6 +286,8 @@ def our_flags(algorithm: str, args: Args, threads: int, runs_dir: str, seed: int
     flags += ["--num-threads", threads, "--total-timesteps", sum(steps_of(algorithm, args))]
     if algorithm == "dqn":  # the target of stable-baselines3
         flags += ["--learning-starts", 1000, "--start-e", 0.1, "--buffer-size", 100_000, "--no-double-q"]
+    elif not args.cuda:  # as stable-baselines3 has its games
+        flags += ["--no-async-envs"]
     return [str(flag) for flag in flags]
 
 
@@ -413,7 +427,6 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
     with tempfile.TemporaryDirectory() as runs_dir:
         args = Args(env_id=env_id)
         flags = our_flags(algorithm, args, num_threads, runs_dir)
-        flags += ["--no-async-envs"] if algorithm != "dqn" else []
         flags += ["--metrics-frequency", "500", "--checkpoint-frequency", "500"]  # a few of these rare events
         sys.argv = [f"{algorithm}_atari_lan.py", *flags, *more_flags]
         cli.launch(module.main, module.Args)
@@ -425,7 +438,9 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
         ("metrics", "_measure", "metrics_frequency"),
         ("checkpoints", "_save", "checkpoint_frequency"),
     ):
-        if call in learning["calls"]:  # as often as by default
+        if (
+            call in learning["calls"]
+        ):  # as often as by default; DQN's memory is nearly empty here, and so its checkpoint small
             seconds = learning["spent"][label] / learning["calls"][call]
             shares[label] = seconds / getattr(module.Args(), frequency)
     total = sum(shares.values())

@@ -252,6 +252,11 @@ class VectorGames(VectorWrapper):
         else:
             super().close(**kwargs)
 
+    def __del__(self) -> None:
+        # After an error before the run knows them: gymnasium would end workers by a signal that they ignore.
+        if "env" in vars(self):
+            self.close()
+
     @contextlib.contextmanager
     def _workers(self) -> Iterator[None]:
         try:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ LOG_FREQUENCY = 1000  # agent steps between two points of losses and charts
 CHUNK = 256  # observations that are measured at a time: more would only need more memory
 STATUS_SECONDS = 5  # at least, between two writings of status.json
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LIBC = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
@@ -79,7 +82,7 @@ _at_the_end: ContextVar[contextlib.ExitStack] = ContextVar("what `leaves_no_trac
 
 
 def leaves_no_trace(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Decorate a script's `main`: however a run ends, its files and games are closed and the process is as before.
+    """Decorate a script's `main`: however a run ends, files and games are closed, memory is free, settings as before.
 
     So a notebook can call it in a loop. A run that had finished before says so and returns.
     """
@@ -95,6 +98,13 @@ def leaves_no_trace(main: Callable[[Any], None]) -> Callable[[Any], None]:
                     _at_the_end.reset(token)
         except HasFinished as finished:
             print_line(str(finished))
+        except (Stopped, RunFailed) as error:
+            traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, and main's replay memory with it
+            raise
+        finally:
+            gc.collect()
+            if hasattr(LIBC, "malloc_trim"):
+                LIBC.malloc_trim(0)  # else the next run would count this one's memory as used
 
     return wrapped
 
@@ -105,11 +115,10 @@ def set_up(args: RunArgs) -> tuple[torch.device, np.random.Generator]:
     Returns:
         The device, and the generator of everything that the script itself draws.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(LIBC, "mallopt"):
         # By default glibc returns an update's memory to the system, and the next update faults it in page by page.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**30)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
@@ -468,7 +477,7 @@ class Run:
                 self.writer.close()
         if self.state == "running":
             with contextlib.suppress(RunFailed, OSError):
-                self._write_status("failed")
+                self._write_status("stopped" if isinstance(error, Stopped) else "failed")
         if self._mirrored:
             import wandb
 
@@ -547,7 +556,8 @@ class Run:
         else:
             print_line("  not measured    no --metrics-frequency, or fewer observations than --metrics-samples")
         runs_dir = shlex.quote(str(self.folder.path.parent))
-        print_line(f"  TensorBoard     {Path(sys.executable).parent / 'tensorboard'} --logdir {runs_dir}")
+        tensorboard = shlex.quote(str(Path(sys.executable).parent / "tensorboard"))
+        print_line(f"  TensorBoard     {tensorboard} --logdir {runs_dir}")
 
 
 # ------------------------------------------------------------------------------------------- measurements

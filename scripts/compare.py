@@ -19,6 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lan_utils import study
+from lan_utils.checks import refuse_unless
 from lan_utils.cli import BadInput, launch
 from lan_utils.files import replace
 from plots import figures, matplotlib
@@ -211,6 +212,9 @@ def draw_curves(part: SubFigure, runs: list[RecordedRun], labels: list[str]) -> 
 def main(args: Args) -> None:
     if not args.folders:
         raise BadInput("name the folders of the runs to compare")
+    refuse_unless(
+        args.out.suffix.lower() == ".png", f"--out {args.out}: the picture is a PNG; give it a name that ends with .png"
+    )
     runs = choose_experiments([read_measured_run(folder) for folder in args.folders], args.exp_name)
     print("\n".join(table(runs)))
     with matplotlib.style.context(figures.LOOK):

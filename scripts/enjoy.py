@@ -100,7 +100,7 @@ def read_run(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
 
 
 def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int, Path]:
-    """The newest weights of a run: from model.pt or, if there is none yet, from the newest whole checkpoint.
+    """The newest weights of a run: of model.pt, else of the newest whole checkpoint, else the newest kept ones.
 
     From a checkpoint, only the file with the network is read, not the replay memory.
 
@@ -111,11 +111,11 @@ def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
         The network's state dict, its agent step, and its file.
 
     Raises:
-        BadInput: there is neither, or none can be read.
+        BadInput: there are none, or none can be read.
     """
     model = folder / "model.pt"
+    kept = sorted(int(file.stem.removeprefix("weights_")) for file in folder.glob("weights_[0-9]*.pt"))
     if step is not None:
-        kept = sorted(int(file.stem.removeprefix("weights_")) for file in folder.glob("weights_[0-9]*.pt"))
         hint = f"kept are {', '.join(map(str, kept))}" if kept else "none were kept: train with --keep-weights"
         refuse_unless(step in kept, f"--step {step}: {folder} has no weights of this agent step; {hint}")
         return _load(folder / f"weights_{step}.pt"), step, folder / f"weights_{step}.pt"
@@ -129,7 +129,12 @@ def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
             warn(f"{error}; trying the checkpoint before it")
     # Also reached if a training has just finished: it writes model.pt first, then deletes its checkpoints.
     if not os.path.lexists(model):
-        unsaved = "nothing is saved yet: neither a model.pt nor a checkpoint; a run saves when Ctrl-C stops it"
+        if kept:
+            return read_weights(folder, kept[-1])
+        unsaved = (
+            "nothing is saved yet, no model.pt, checkpoint or kept weights; a run saves every --checkpoint-frequency "
+        )
+        unsaved += "steps and when Ctrl-C stops it, and with --env-backend ale only at its end"
         raise BadInput(f"{folder}: " + (f"none of its {len(files)} checkpoints is whole" if files else unsaved))
     return _load(model), int(read_json(folder / "status.json").get("step") or 0), model
 
@@ -288,7 +293,9 @@ def main(args: Args) -> None:
     of_run = SimpleNamespace(**{"repeat_action_probability": 0.0} | flags | {"seed": seed})
 
     algorithm = script.__name__.removesuffix("_atari_lan").upper()
-    state = "finished" if file.name == "model.pt" else "kept along the way" if args.step else "not finished yet"
+    state = (
+        "finished" if file.name == "model.pt" else "kept along the way" if file.suffix == ".pt" else "not finished yet"
+    )
     print_line(f"{algorithm}, {group_of(flags)}, on {flags['env_id']}, games of seed {seed}")
     print_line(f"  weights   {file}")
     print_line(f"  trained   {step:,} agent steps, {state}")

@@ -110,8 +110,8 @@ cat << END
 A dead neuron outputs (almost) the same value whatever the observation. Most of the ReLU's were dead from the start.
 So short a training says nothing about returns: $steps agent steps are $share % of the paper's.
 
-  the picture       open $picture
-  an agent's game   .venv/bin/python scripts/enjoy.py $lan --episodes 1 --video
+  the picture       open $(printf %q "$picture")
+  an agent's game   .venv/bin/python scripts/enjoy.py $(printf %q "$lan") --episodes 1 --video
   the paper's run   .venv/bin/python ppo_atari_lan.py --activation tanh-lan
   the sweep         .venv/bin/python scripts/jobs.py | bash scripts/sweep.sh
   its plots         .venv/bin/python plot_results.py

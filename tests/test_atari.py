@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from ale_py import AtariVectorEnv
-from conftest import ROOT, SCRIPTS, make_quadrants
+from conftest import ROOT, SCRIPTS, make_quadrants, run_script
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 
 import dqn_atari_lan as dqn
@@ -217,6 +217,29 @@ def test_several_games_in_a_worker_play_as_one_in_each():
     assert_equal_rollouts(synchronous, rollout(True, seed=1, steps=250, envs=6, workers=2))
     ended = {i for step in synchronous[1:] for i in step[5]}
     assert len(ended) >= 4  # in both workers
+
+
+def test_workers_end_in_silence_where_nobody_closes_them():
+    """Ctrl-C, or no memory on the GPU, before the run knows its games. Would catch: two tracebacks for each worker
+    below the one line that says what happened."""
+    code = """
+import sys
+sys.path[:0] = ["tests", "."]
+from conftest import make_quadrants
+from lan_utils.atari import VectorGames
+from lan_utils.cli import RunFailed, launch
+from ppo_atari_lan import Args
+
+def main(args):
+    envs = VectorGames(lambda: make_quadrants(""), 2, True)
+    envs.reset(seed=1)
+    raise RunFailed("no memory")
+
+sys.argv = ["x.py"]
+launch(main, Args)
+"""
+    done = run_script("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: no memory\n")
 
 
 def test_workers_have_equally_many_games(monkeypatch):

@@ -54,6 +54,22 @@ def test_peak_memory_and_cpu_time_are_each_process_s_own(tmp_path):
     assert gpu == 0
 
 
+def test_workers_time_is_their_trainings(tmp_path):
+    """Would catch: games in worker processes that seem to cost nothing."""
+    spin = "import time\nwhile time.process_time() < 1.5: pass"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}])"
+    _, (cpu,), _ = benchmark.run_all([["-c", start]], tmp_path, 1, False, "test", cuda=False)
+    assert max(cpu.amounts) > 1.2
+
+
+def test_games_are_played_where_stable_baselines3_plays_them():
+    """Would catch: worker processes for one side alone; on a GPU a run that is not the default one."""
+    args = benchmark.Args()
+    for algorithm, cuda, expected in (("dqn", False, 0), ("ppo", False, 1), ("pqn", False, 1), ("ppo", True, 0)):
+        args.cuda = cuda
+        assert benchmark.our_flags(algorithm, args, 4, "runs").count("--no-async-envs") == expected
+
+
 def test_where_one_run_fails_the_others_are_ended_and_its_last_word_is_said(tmp_path):
     """Would catch: a measurement of what is left, and processes that go on behind the user's back."""
     wait = f"import time; open({str(tmp_path / 'begun')!r}, 'w'); time.sleep(5); open({str(tmp_path / 'ended')!r}, 'w')"

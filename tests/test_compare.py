@@ -120,6 +120,8 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, runs_dir):
         with pytest.raises(compare.BadInput) as refused:
             compare.main(compare.Args((folder,), out=tmp_path / "compare.png"))
         assert str(refused.value) == (f"{folder} is not a run's folder: its config.json is missing or unreadable{hint}")
+    with pytest.raises(compare.BadInput, match=r"compare.pdf: the picture is a PNG"):  # and no viewer would open it
+        compare.main(compare.Args((run,), out=tmp_path / "compare.pdf"))
     done = run_script("scripts/compare.py", run, "--exp-name", "typo", "--out", tmp_path / "compare.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --exp-name typo: no run has it; there are: dqn_atari_lan\n"

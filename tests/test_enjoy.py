@@ -133,6 +133,10 @@ def test_the_weights_of_a_step_play_and_are_measured(ppo_run, capsys):
     assert line.split()[1:] == ["100.0%", "100.0%", "100.0%"]  # constant, zero, dormant
     with pytest.raises(BadInput, match=r"--step 65: .* has no weights of this agent step; kept are 64$"):
         play(ppo_run, step=65)
+    # As a run with --env-backend ale, which has no checkpoints. Would catch: advice to stop it, which loses everything.
+    (ppo_run / "model.pt").rename(ppo_run / "weights_9.pt")
+    play(ppo_run, episodes=1)
+    assert "trained   64 agent steps, kept along the way" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`main(Args(...))` as a notebook, a test or a process pool calls it: afterwards the process is as before."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -17,8 +18,9 @@ import pytest
 import torch
 from conftest import SCRIPTS, Quadrants, make_quadrants, small_args, stacked
 
-from lan_utils.cli import BadInput, Stopped
-from lan_utils.run import Run
+import dqn_atari_lan
+from lan_utils.cli import BadInput, RunFailed, Stopped
+from lan_utils.run import Run, leaves_no_trace, set_up
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +199,25 @@ def test_in_another_thread_than_the_main_one(monkeypatch, runs_dir, unchanged, s
     thread.join()
     assert errors == []
     assert len(list(runs_dir.glob("*/model.pt"))) == 1
+
+
+@pytest.mark.parametrize("error", [None, Stopped(signal.SIGINT, True), RunFailed("no")])
+def test_memory_is_free_for_the_next_run(unchanged, error):
+    """Would catch: a second seed that is refused for what the first has left to malloc, or a notebook's last error
+    that keeps the replay memory of an interrupted run."""
+
+    @leaves_no_trace
+    def main(args):
+        set_up(args)
+        memory = [b"1" * 20_000_000 for _ in range(20)]  # noqa: F841 (each below M_MMAP_THRESHOLD)
+        if error:
+            raise error
+
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(type(error)) if error else contextlib.nullcontext() as caught:
+        main(dqn_atari_lan.Args())
+    assert psutil.Process().memory_info().rss - before < 100_000_000
+    del caught
 
 
 def train_in_a_pool(script, async_envs, runs_dir, seed):

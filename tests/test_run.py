@@ -713,6 +713,14 @@ def test_one_signal_sent_twice_is_one_and_a_later_one_leaves_at_once(monkeypatch
     assert isinstance(stopped.value, KeyboardInterrupt)  # nothing that catches errors swallows it
 
 
+@pytest.mark.parametrize(("error", "state"), [(Stopped(signal.SIGTERM, False), "stopped"), (ValueError(), "failed")])
+def test_what_status_says_of_a_run_that_was_left(tmp_path, error, state):
+    """Would catch: a run that a second signal ended, counted among those that failed."""
+    run = begun(tmp_path)
+    run._leave(type(error), error, None)
+    assert json.loads((run.folder.path / "status.json").read_text())["state"] == state
+
+
 def test_nothing_is_saved_of_a_state_with_nan(tmp_path):
     run = begun(tmp_path)
     for state in ({"w": torch.tensor([1.0, float("nan")])}, {"o": [{"m": torch.tensor(float("inf"))}]}):
