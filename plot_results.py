@@ -6,7 +6,7 @@ python plot_results.py --allow-unfinished           (a look at runs that are sti
 python plot_results.py --exp-name dqn_atari_lan lr1e-4   (two experiments, side by side)
 python plot_results.py --runs-dir runs ../other/runs     (runs of several folders)
 
-What was left out, and why, stands on stderr; the rest in `index.html`, `results.md` and the tables `results.csv`
+stderr says what was left out, and why; the rest is in `index.html`, `results.md` and the tables `results.csv`
 (a row per run), `curves.csv.gz` (a row per point) and `claims.csv` (the paper's claims and more) of the out folder.
 Beyond the paper: interquartile means, bootstrap intervals and the probability of improvement (Agarwal et al. 2021,
 "Deep Reinforcement Learning at the Edge of the Statistical Precipice").
@@ -41,11 +41,11 @@ class Args:
     """Draw every figure and table of the paper that the runs found allow."""
 
     runs_dir: tuple[str, ...] = ("runs",)
-    """folders of the run folders"""
+    """folders that hold the run folders"""
     out_dir: str = "figures"
-    """folder of what is drawn, and of the cache"""
+    """folder for the figures, the tables and the cache"""
     only: tuple[str, ...] = ()
-    """beginnings of the names of what to draw, e.g. fig05a fig06; "tables" are the CSV files and results.md"""
+    """draw only what has a name that starts so, e.g. fig05a fig06; "tables" are the CSV files and results.md"""
     exp_name: tuple[str, ...] = ()
     """draw the runs of these experiments only; those after the first as groups of their own, side by side with it"""
     allow_unfinished: bool = False

@@ -41,8 +41,12 @@ def at_rest(folder: Path) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
-    folders = [model.parent for model in sorted(args.runs_dir.glob("*/model.pt"))]
-    refuse_unless(bool(folders), f"{args.runs_dir} has no finished run with its model.pt; name another folder")
+    folders = [
+        file.parent for file in sorted(args.runs_dir.glob("*/activations.npz")) if file.with_name("model.pt").exists()
+    ]
+    refuse_unless(
+        bool(folders), f"{args.runs_dir} has no finished run with model.pt and activations.npz; name another folder"
+    )
     print("run, layer: largest activation, share above 0.9, constant neurons, farthest from f(B)")
     for folder in folders:
         sample = np.load(folder / "activations.npz")

@@ -67,7 +67,7 @@ def size(shape: tuple[int, ...]) -> str:
 
 
 def game_frames() -> np.ndarray:
-    """The newest four frames after a minute of random play, oldest first: (4, 84, 84) uint8."""
+    """The newest four frames after six seconds of random play, oldest first: (4, 84, 84) uint8."""
     env = dqn.make_env(GAME)
     env.action_space.seed(1)
     frames, _ = env.reset(seed=1)

@@ -1,6 +1,6 @@
 """How often is a product of neurons dead, and which weights get a gradient? (Table 1)
 
-python experiments/saturation.py                 all of it, under a minute; replaces results/saturation*
+python experiments/saturation.py                 all of it, half a minute; replaces results/saturation*
 
 python experiments/saturation.py --out-dir out   the same into another folder
 

@@ -30,7 +30,7 @@ class RunArgs:
     eval_episodes: Annotated[int, Ge(0)] = 0
     """games played after training; their scores are logged"""
     capture_video: bool = False
-    """film the evaluation as mp4 into the run folder"""
+    """film the evaluation as mp4 into the run folder; needs --eval-episodes"""
     checkpoint_frequency: Annotated[int, Ge(0)] = 50_000
     """agent steps between two checkpoints; 0: only on a signal and at the end"""
     keep_weights: Annotated[int, Ge(0)] = 0
@@ -50,11 +50,11 @@ class RunArgs:
     num_threads: Annotated[int, Ge(0)] = 0
     """CPU threads of torch; 0: torch's own choice, within what a container allows"""
     tf32: bool = False
-    """TensorFloat-32 on CUDA: faster, rounds differently"""
+    """TensorFloat-32 on CUDA; rounds differently; its speed was not measured"""
     amp: bool = False
     """bfloat16 up to the representation: for hardware on which it is faster; rounds differently"""
     compile: bool = False
-    """torch.compile the loss: faster, rounds differently"""
+    """torch.compile the loss; rounds differently; time it before a long run (docs/speed.md)"""
 
 
 def defaults_of(script: Path) -> dict[str, Any]:

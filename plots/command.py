@@ -35,7 +35,7 @@ def choose_items(only: Sequence[str], figures: Iterable[str]) -> list[str]:
     names = [*figures, "tables"]
     for beginning in only:
         if not beginning or not any(name.startswith(beginning) for name in names):
-            raise BadInput(f"--only {beginning!r} is no beginning of any of: {', '.join(names)}")
+            raise BadInput(f"--only {beginning!r} is not how any of these names starts: {', '.join(names)}")
     return [name for name in names if not only or name.startswith(tuple(only))]
 
 

@@ -80,7 +80,7 @@ def table(runs: list[RecordedRun]) -> list[str]:
     widths = sorted({study.style(run.activation).width for run in runs})
     quantities = (
         ("neurons dead", DEAD, "{:.1%}", "the paper's count, after dividing z by its scale"),
-        ("  as in the paper", "dead_neurons", "{:.1%}", "a small z counts as dead, varied or not"),
+        ("  as in the paper", "dead_neurons", "{:.1%}", "small activations count as dead even if they vary"),
         ("  constant", CONSTANT, "{:.1%}", "standard deviation below 0.001"),
         ("effective rank", "effective_rank", "{:.0f}", f"of {' or '.join(map(str, widths))}"),
         ("return", "final_return", "{:.2f}", "mean of the last 100 games"),

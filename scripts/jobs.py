@@ -25,6 +25,9 @@ for name, runs in RUNS_OF_FIGURES.items():
     FIGURES[name.split("-")[0]].append(runs)
 
 
+PAPERS = "by default the paper's, or what --figure needs"
+
+
 def flag(metavar: str, text: str) -> type:
     return Annotated[str | None, arg(metavar=metavar, help=text, help_behavior_hint="")]
 
@@ -33,10 +36,10 @@ def flag(metavar: str, text: str) -> type:
 class Args:
     """Print the paper's 880 runs, or a part of them, as one command per line. Runs come in the order of the lists."""
 
-    algorithms: flag("LIST", ", ".join(ALGORITHMS)) = None
-    games: flag("LIST", ", ".join(GAMES)) = None
-    activations: flag("LIST", ", ".join(ACTIVATIONS)) = None
-    seeds: flag("LIST", "whole numbers; by default " + ", ".join(map(str, SEEDS))) = None
+    algorithms: flag("LIST", f"comma-separated, of {', '.join(ALGORITHMS)}; {PAPERS}") = None
+    games: flag("LIST", f"comma-separated, of {', '.join(GAMES)}; {PAPERS}") = None
+    activations: flag("LIST", f"comma-separated, of {', '.join(ACTIVATIONS)}; {PAPERS}") = None
+    seeds: flag("LIST", "comma-separated whole numbers; by default " + ", ".join(map(str, SEEDS))) = None
     figure: flag("NUMBER", f"only what this one needs: {', '.join(FIGURES)}") = None
     runs_dir: flag("DIR", "where the runs go; a relative path starts at the project's folder") = None
     flags: Annotated[Positional[tuple[str, ...]], arg(metavar="-- FLAGS", help_behavior_hint="")] = ()

@@ -36,6 +36,8 @@ def test_a_layer_at_its_biases_is_told_from_a_saturated_one(tmp_path):
     make_run(tmp_path, dqn_atari_lan, "tanh-lan", bias, {"z": 0, "z_enc": at_rest, "z_star": saturated})
     normalised = np.tanh(np.tile(np.array([[1.0, -1.0]], np.float32), (4, 256)))  # (b - mean) / deviation of 0.75
     make_run(tmp_path, pqn_atari_lan, "tanh", bias, {"z": normalised}, layer_norm="channels")
+    make_run(tmp_path, dqn_atari_lan, "relu", bias, {})
+    (tmp_path / "Pong__dqn__relu__1" / "activations.npz").unlink()  # too short to be measured
     done = run_script(COLLAPSE, tmp_path)
     assert done.stderr == ""
     assert done.stdout.splitlines()[1:] == [
