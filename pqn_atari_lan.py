@@ -179,7 +179,8 @@ class Hidden(nn.Module):
         self.join = recipe.join
         self.factors = nn.ModuleDict()
         make_norm = norm or recipe.norm
-        for name, activation in zip(("enc", "star", "star2"), recipe.activations, strict=False):
+        for i, activation in enumerate(recipe.activations):
+            name = ("enc", "star")[i] if i < 2 else f"star{i}"
             norms = [make_norm(outputs)] if make_norm else []
             self.factors[name] = nn.Sequential(make_layer(outputs), *norms, activation())
 
@@ -218,7 +219,7 @@ class Encoder(nn.Module):
         """The measured layers, by the names under which they are logged. One more entry measures another layer."""
         layers = {"conv1": self.conv1, "conv2": self.conv2, "conv3": self.conv3, "z": self.z}
         for name, layer in list(layers.items()):
-            if len(layer.factors) > 1:
+            if len(getattr(layer, "factors", ())) > 1:
                 layers |= {f"{name}_{factor}": module for factor, module in layer.factors.items()}
         return layers
 

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import resource
 import tempfile
 from pathlib import Path
@@ -126,7 +127,7 @@ def check_flags(args: RunArgs) -> None:
 
 
 def check_width(args: RunArgs, width: int) -> None:
-    """Refuse fewer --metrics-samples than z has neurons, and a width that plots cannot tell from the activation's name.
+    """Refuse fewer --metrics-samples than z has neurons, and an activation whose name or width plots cannot read.
 
     Args:
         width: of z.
@@ -135,6 +136,8 @@ def check_width(args: RunArgs, width: int) -> None:
         BadInput
     """
     require(args.metrics_samples >= width, args, "metrics_samples", f"be at least {width}, the width of z")
+    is_name = re.fullmatch(r"[\w.-]+", args.activation) is not None
+    require(is_name, args, "activation", "be of letters, digits, dots and dashes: folders and plots are named after it")
     shown = style(args.activation).width
     refuse_unless(
         shown == width,

@@ -91,7 +91,7 @@ ACTIVATIONS = {
     "crelu": Style("CReLU", "#6699CC", (0, (3, 1))),
     "gelu": Style("GELU", "#AA9933", (0, (4, 1.2, 1, 1.2))),
 }
-CONTROLS = tuple(ACTIVATIONS)[-7:]
+CONTROLS = ("bilinear", "tanh-glu", "layernorm-lan", "layernorm-relu", "relu-1024", "crelu", "gelu")
 DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments shown with the first
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 

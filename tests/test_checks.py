@@ -98,7 +98,7 @@ BAD_INPUT_OF = {"dqn": BAD_DQN_INPUT, "ppo": BAD_PPO_INPUT, "pqn": BAD_PQN_INPUT
 ALL_BAD_INPUT = [
     pytest.param(script, *case, id=f"{script[:3]}-{name}")
     for script in SCRIPTS
-    for name, case in (BAD_INPUT | BAD_INPUT_OF[script[:3]]).items()
+    for name, case in (BAD_INPUT | BAD_INPUT_OF.get(script.removesuffix("_atari_lan.py"), {})).items()
 ]
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import forked
 import psutil
@@ -199,6 +200,31 @@ def test_in_another_thread_than_the_main_one(monkeypatch, runs_dir, unchanged, s
     thread.join()
     assert errors == []
     assert len(list(runs_dir.glob("*/model.pt"))) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_activation_of_a_notebooks_own(monkeypatch, runs_dir, unchanged, script):
+    """As CONTRIBUTING.md has it. Would catch: flags that can name only what the script itself has."""
+    module = module_named(script)
+    monkeypatch.setattr(module, "make_env", make_quadrants)
+    monkeypatch.setitem(module.REPRESENTATIONS, "mish", module.Recipe((torch.nn.Mish,) * 4))
+
+    @dataclass(kw_only=True)
+    class MyArgs(module.Args):
+        activation: str = "mish"
+
+    flags = {name: value for name, value in vars(small_args(module, runs_dir)).items() if name != "activation"}
+    module.main(MyArgs(**flags))
+    (folder,) = runs_dir.iterdir()
+    weights = torch.load(folder / "model.pt")
+    factors = [
+        name for name in weights if ".z.factors." in name and name.endswith("weight") and weights[name].ndim == 2
+    ]
+    assert len(factors) == 4  # of which none is left out in silence
+    monkeypatch.setitem(module.REPRESENTATIONS, "a/b", module.Recipe((torch.nn.Mish,)))
+    with pytest.raises(BadInput, match="--activation is a/b; it must be of letters, digits, dots and dashes"):
+        module.main(MyArgs(**flags | {"activation": "a/b"}))
+    assert [*runs_dir.iterdir()] == [folder]
 
 
 @pytest.mark.parametrize("error", [None, Stopped(signal.SIGINT, True), RunFailed("no")])
