@@ -101,11 +101,12 @@ def main(args: Args) -> None:
                 missing[what].append(name)
             if picture:
                 pictures[name], captions[name] = picture, caption
-            elif (out_dir / f"{name}.png").exists():
-                missing[f"from an earlier drawing, still in {out_dir}"].append(name)
         if "tables" in items:
             writing.result()
             made = making.result()
+    both = {file.stem for file in out_dir.glob("*.png")} & {file.stem for file in out_dir.glob("*.pdf")}
+    if stale := sorted((both - set(pictures)) & set(names) if args.only else both - set(pictures)):
+        missing[f"from an earlier drawing, still in {out_dir}"] = stale
     messages += [f"{what}: {', '.join(found)}" for what, found in missing.items()]
     print_lines(messages)
 

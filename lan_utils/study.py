@@ -93,6 +93,7 @@ ACTIVATIONS = {
 }
 CONTROLS = ("bilinear", "tanh-glu", "layernorm-lan", "layernorm-relu", "relu-1024", "crelu", "gelu")
 DASHES = ((2, 1), (4, 2), (7, 1.5), (3, 1, 1, 1), (6, 1, 1, 1, 1, 1))  # of experiments shown with the first
+further_experiments: list[str] = []  # those that are shown with the first, in this order; each has a look of its own
 MAIN = ("relu", "tanh", "sigmoid", "tanh-lan")
 
 
@@ -108,9 +109,10 @@ def style(group: str) -> Style:
         return ACTIVATIONS[group]
     activation, exp_name = split_group(group)
     if exp_name:  # the activation's colour, halfway to a grey of the experiment's
-        first, code = style(activation), zlib.crc32(exp_name.encode())
-        muted = "#" + "".join(f"{(byte + 80 + code % 97) // 2:02X}" for byte in bytes.fromhex(first.color[1:]))
-        return first._replace(label=f"{first.label}, {exp_name}", color=muted, dashes=(0, DASHES[code % len(DASHES)]))
+        first, is_known = style(activation), exp_name in further_experiments
+        place = further_experiments.index(exp_name) if is_known else zlib.crc32(exp_name.encode())
+        muted = "#" + "".join(f"{(byte + 80 + 40 * (place % 3)) // 2:02X}" for byte in bytes.fromhex(first.color[1:]))
+        return first._replace(label=f"{first.label}, {exp_name}", color=muted, dashes=(0, DASHES[place % len(DASHES)]))
     # Dark enough to be read on white: each channel below 200.
     red, green, blue = (byte % 200 for byte in zlib.crc32(group.encode()).to_bytes(4, "big")[1:])
     color = f"#{red:02X}{green:02X}{blue:02X}"

@@ -93,7 +93,7 @@ def read_runs(runs: Sequence[RecordedRun], cache: Path) -> None:
             run.points, run.agent_steps, run.problems = found
     for file in cache.iterdir():
         if CACHE_NAME.fullmatch(file.name) and file not in caches:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -201,5 +201,6 @@ def read_run(folder: Path, cache: Path) -> tuple[dict[str, Points], int, list[st
         return {}, 0, [f"cannot be read ({type(error).__name__}: {error})"]
     about |= {"tags": list(points), "last_step": last_step, "problems": problems}
     arrays = {f"points {i}": tagged for i, tagged in enumerate(points.values())}
-    replace(cache, lambda file: np.savez(file, about=json.dumps(about), **arrays))
+    if not any("cannot be read" in problem for problem in problems):  # for want of permission, or a disk that is away
+        replace(cache, lambda file: np.savez(file, about=json.dumps(about), **arrays))
     return points, last_step, problems

@@ -133,7 +133,7 @@ def plain(text: str, longest: int = 32) -> str:
 
 
 def label_of(activation: str) -> str:
-    return plain(study.style(activation).label)
+    return plain(study.style(activation).label, longest=60)
 
 
 def look_of(activation: str) -> dict[str, Any]:
@@ -178,11 +178,22 @@ def draw_group(
 
 
 def draw_lines(
-    axes: Axes, results: Results, plot: Plot, quantity: str, game: str | None = None, **style: Any
+    axes: Axes,
+    results: Results,
+    plot: Plot,
+    quantity: str,
+    game: str | None = None,
+    names: Sequence[str] | None = None,
+    **style: Any,
 ) -> list[str]:
-    """`draw_group` for each activation, of one game or of all; returns the activations that have no line."""
+    """`draw_group` for each activation, of one game or of all; returns the activations that have no line.
+
+    Args:
+        names: the activations, if not those of `shown_activations`.
+    """
     algorithm = plot.runs.algorithm
-    groups = {name: results.select_curves(algorithm, name, quantity) for name in shown_activations(results, plot)}
+    names = shown_activations(results, plot) if names is None else names
+    groups = {name: results.select_curves(algorithm, name, quantity) for name in names}
     games = {found for curves in groups.values() for found in curves}
     missing = []
     for activation, curves in groups.items():
@@ -214,8 +225,9 @@ def finish_axes(axes: Axes, length: int, quantity: str) -> None:
         share.spines["right"].set_visible(True)
 
 
-def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
-    """Of all panels, below them: in as many columns as the figure's width holds."""
+def add_legend(figure: Figure | SubFigure, more: Sequence[Line2D] = ()) -> None:
+    """Of all panels, below them: in as many columns as the figure's width holds; a figure grows by what needs more than
+    two rows."""
     entries = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -224,8 +236,10 @@ def add_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
     for columns in range(len(entries), 0, -1):
         legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            return
+            break
         legend.remove()
+    if isinstance(figure, Figure):
+        figure.set_figheight(figure.get_figheight() + max(0.0, legend.get_window_extent().height / figure.dpi - 0.5))
 
 
 def draw_panels(results: Results, plot: Plot, games: Sequence[str | None] = (None,)) -> Drawing:
@@ -347,8 +361,8 @@ def draw_algorithms(results: Results, plot: Plot) -> Drawing:
     for (row, game), (column, algorithm) in itertools.product(enumerate(common), enumerate(algorithms)):
         axes = grid[row, column]
         of_one = replace(plot, runs=study.Needed(algorithm, tuple(shown)), each_seed=True)
-        names = draw_lines(axes, results, of_one, "score", game, label=None)
-        missing += [f"no {algorithm.upper()} {label_of(name)} in {game}" for name in names]
+        lacking = draw_lines(axes, results, of_one, "score", game, shown, label=None)
+        missing += [f"no {algorithm.upper()} {label_of(name)} in {game}" for name in lacking]
         axes.set(title=plain(f"{algorithm.upper()}, {game}"), xlim=(0, max(results.lengths.values())))
         axes.set_ylabel("" if column else axis_of("score").label)
         axes.set_xlabel("agent steps" if row == len(common) - 1 else "")
@@ -700,7 +714,10 @@ def draw_dying(results: Results, plot: Plot) -> Drawing:
     return figure, missing
 
 
-BAND = "Line: mean over games and seeds; band: standard deviation over seeds of the mean over games."
+BAND = (
+    "Line: mean over games and seeds; band: standard deviation, over the seeds that every game has, of the mean over "
+    "games."
+)
 EXTREMES = (
     "0 and 1 are the lowest and highest value of ReLU's seed-mean curve from the agent step on at which every seed has "
     f"ended {LAST_GAMES} games"
@@ -734,7 +751,7 @@ CONTROLS = (
     "From left to right: parameters of the network, mean over runs; effective rank (99 % of the singular values' sum) "
     "of z as it is and of z minus each neuron's mean, grey up to the layer's width; dead neurons of z by the paper's "
     "kernel density, which mistakes small activations for dead neurons, and by a standard deviation below 0.001. A dot "
-    "is a seed, the mean over its games; a line is the mean over games of the mean over seeds."
+    "is a seed that every game has, the mean over its games; a line is the mean over games of the mean over seeds."
 )
 ALGORITHMS = (
     f"The algorithms side by side, on the same axes: mean return of the last {LAST_GAMES} games over the agent steps, "
@@ -893,10 +910,15 @@ def about_published(results: Results, plot: Plot) -> list[str]:
 
 def about_unfinished(results: Results, plot: Plot) -> list[str]:
     """A sentence for the caption of a figure that shows runs which have not finished."""
-    drawn = results.drawn
+    drawn, curves = results.drawn, (draw_panels, draw_study, draw_games, draw_controls, draw_layers, draw_algorithms)
+    if plot.draw not in curves:  # one run of each activation
+        return []
     if plot.draw is not draw_algorithms:
         of_algorithm = drawn["algorithm"] == plot.runs.algorithm
-        drawn = drawn[of_algorithm & drawn["activation"].isin(shown_activations(results, plot))]
+        shown = shown_activations(results, plot)
+        if plot.draw is draw_layers:
+            shown = [name for name in shown if layers_of(results.quantities(plot.runs.algorithm, name))]
+        drawn = drawn[of_algorithm & drawn["activation"].isin(shown)]
     unfinished = int((~drawn["finished"]).sum())
     return [f"Of {plural(len(drawn))} {unfinished} unfinished."] if unfinished else []
 

@@ -289,11 +289,16 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
         baseline = results.final_values(algorithm, "relu", "final_return")
         of_algorithm = results.runs[results.runs["algorithm"] == algorithm]
         played = of_algorithm.loc[of_algorithm["drawn"], "game"].nunique()
+        steps = of_algorithm.loc[of_algorithm["drawn"], "agent_steps"]
+        are_equally_long = steps.empty or equally_long(steps.min(), steps.max())
         for activation in activations_of([run for run in runs if run.algorithm == algorithm]):
             drawn = of_algorithm.loc[of_algorithm["activation"] == activation, "drawn"]
             head = {"algorithm": algorithm.upper(), "activation": study.style(activation).label}
+            unfinished = int(
+                (of_algorithm["drawn"] & ~of_algorithm["finished"] & (of_algorithm["activation"] == activation)).sum()
+            )
             row = {
-                "runs": drawn.sum(),
+                "runs": f"{drawn.sum()}" + (f" ({unfinished} unfinished)" if unfinished else ""),
                 "left out": (~drawn).sum(),
                 "missing": len(missing.get((algorithm, activation), [])),
             }
@@ -316,7 +321,9 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
             if common and activation != "relu":
                 pairs = [np.array(list(found[game].values())) for found in (finals, baseline) for game in common]
                 better, ends = probability_of_improvement(*pairs), interval(probability_of_improvement, pairs)
-                row["improvement over ReLU"] = with_interval(float(better), *ends)
+                text = with_interval(float(better), *ends) + fewer(len(common), played, "games")
+                # Of unfinished runs the longer one would win.
+                row["improvement over ReLU"] = text if are_equally_long else NOTHING
             improvement.append(head | row | {"runs": sum(map(len, finals.values()))})
             by_game = {
                 game: mean_and_deviation({game: finals[game]} if game in finals else {}, ",.1f") for game in games
@@ -327,7 +334,8 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
         Table(
             "table2",
             "Table 2: performance, dead neurons, rank",
-            "At the runs' end: mean over games and seeds ± standard deviation over seeds of the mean over games. "
+            "At each run's own end, wherever an unfinished one is: mean over games and seeds ± standard deviation over "
+            "seeds of the mean over games. "
             "Dead: by kernel density as in the paper, by a standard deviation below 0.001, by kernel density after "
             "dividing z by the layer's typical standard deviation (no value where more than "
             f"{100 * MOSTLY_CONSTANT:.0f} % of z is constant). Centred: effective rank of z minus each neuron's "
@@ -341,7 +349,7 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
             f"{RESAMPLES:,} resamples; with few seeds somewhat too narrow). IQM: mean of the middle half of all runs. "
             "Improvement: probability that a run scores higher than one of ReLU, mean over games. "
             f"{NOTHING} where there is no value; (n of m games): others have more, and such means do not compare; no "
-            "interval where a game has a single run.",
+            "interval where a game has a single run. No improvement of runs that are not equally long.",
             pd.DataFrame(improvement).astype(str),
         ),
         Table(

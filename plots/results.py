@@ -196,6 +196,7 @@ def choose_experiments(runs: Sequence[RecordedRun], exp_names: Sequence[str]) ->
     for name in exp_names:
         if name not in found:
             raise BadInput(f"--exp-name {name}: no run has it; there are: {', '.join(sorted(filter(None, found)))}")
+    study.further_experiments[:] = exp_names[1:]
     chosen = [run for run in runs if not exp_names or run.exp_name in exp_names]
     for algorithm in {run.algorithm for run in chosen} if exp_names else ():
         names = {run.exp_name for run in chosen if run.algorithm == algorithm}
@@ -244,6 +245,11 @@ def usual_length(all_steps: Sequence[int]) -> int:
     return max(lengths, key=lambda length: (support(length), length))
 
 
+def of_first(runs: Sequence[RecordedRun]) -> Sequence[RecordedRun]:
+    """Those of the first of several experiments, beside which the others are shown."""
+    return [run for run in runs if not study.split_group(run.activation)[1]] or runs
+
+
 def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str, int]:
     """Write into `left_out` of each run why it is not drawn.
 
@@ -260,7 +266,7 @@ def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str
     lengths = {}
     for algorithm in algorithms_of(runs):
         candidates = [run for run in runs if run.algorithm == algorithm and not run.left_out]
-        planned = usual_length([run.planned_steps for run in candidates]) if candidates else 0
+        planned = usual_length([run.planned_steps for run in of_first(candidates)]) if candidates else 0
         named = Counter(run.exp_name for run in runs if run.algorithm == algorithm)
         same = defaultdict(list)
         for run in candidates:
@@ -284,7 +290,7 @@ def select_runs(runs: Sequence[RecordedRun], allow_unfinished: bool) -> dict[str
         if drawn and allow_unfinished:
             lengths[algorithm] = max(run.agent_steps for run in drawn)
         elif drawn:
-            length = usual_length([run.agent_steps for run in drawn])
+            length = usual_length([run.agent_steps for run in of_first(drawn)])
             for run in drawn:
                 if not equally_long(run.agent_steps, length):
                     run.left_out = f"other length than the usual {length:,} agent steps"
@@ -535,6 +541,7 @@ def make_results(runs: Sequence[RecordedRun], lengths: dict[str, int]) -> tuple[
         by_game[run.algorithm, run.game].append(i)
     for (algorithm, game), places in sorted(by_game.items()):
         relu = [i for i in places if runs[i].activation == "relu" and "score" in curves[i]]
+        relu = [i for i in relu if runs[i].finished] or relu
         extremes = None
         if relu:
             since = max(statistics.hundredth_game(runs[i].points[RETURN]) for i in relu)

@@ -10,6 +10,7 @@ shows which layer of the network died, and when.
 
 import itertools
 import sys
+import textwrap
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -66,9 +67,18 @@ def read_measured_run(folder: Path) -> RecordedRun:
 
 
 def labels_of(runs: list[RecordedRun]) -> list[str]:
-    """The activations; where two runs have the same, their folders' names."""
+    """The activations; where two runs have the same, with what else differs, such as the seed."""
     labels = [figures.label_of(run.activation) for run in runs]
-    return labels if len(set(labels)) == len(labels) else [figures.plain(run.name, 60) for run in runs]
+    for values in (
+        [run.algorithm.upper() for run in runs],
+        [run.game for run in runs],
+        [run.exp_name for run in runs],
+        [f"seed {run.seed}" for run in runs],
+        [f"folder {place + 1}" for place in range(len(runs))],
+    ):
+        if len(set(labels)) < len(labels) and len(set(values)) > 1:
+            labels = [f"{label}, {figures.plain(value)}" for label, value in zip(labels, values, strict=True)]
+    return labels
 
 
 # ------------------------------------------------------------------------------------------------- table
@@ -172,10 +182,16 @@ def draw(runs: list[RecordedRun]) -> Figure:
             curves = {
                 layer: np.interp(grid, found["step"], found["value"], **between) for layer, found in stack.items()
             }
-            figures.draw_stack(axes, grid, {layer: {0: curve} for layer, curve in curves.items()}, tallest, label)
+            stack = {layer: {0: curve} for layer, curve in curves.items()}
+            figures.draw_stack(axes, grid, stack, tallest, wrapped(label, len(runs)))
             axes.locator_params(axis="x", nbins=5)
         figures.add_scale(part, list(panels))
     return figure
+
+
+def wrapped(title: str, panels: int) -> str:
+    """Broken into lines that are as long as one of so many panels is wide."""
+    return "\n".join(textwrap.wrap(title, 90 // panels))
 
 
 def last_step(runs: list[RecordedRun]) -> int:
@@ -190,7 +206,7 @@ def draw_maps(part: SubFigure, runs: list[RecordedRun], labels: list[str], maps:
         dead = "nearly all neurons are constant"
         if DEAD in finals:
             dead = f"{finals[DEAD]:.0%} of the neurons are dead"
-        draw_neurons(axes, z, f"{labels[i]}: {dead}")
+        draw_neurons(axes, z, f"{wrapped(labels[i], len(runs))}\n{dead}")
         axes.set_ylabel("observations" if i == 0 else "")
     part.suptitle(
         "A column is a neuron, a row an observation. Pale columns: the neuron hardly depends on what is seen."
@@ -206,7 +222,7 @@ def draw_curves(part: SubFigure, runs: list[RecordedRun], labels: list[str]) -> 
     right.set_ylim(0, max(study.style(run.activation).width for run in runs))
     handles = [Line2D([], [], color=color, label=label) for color, label in zip(colors_of(runs), labels, strict=True)]
     handles.append(Line2D([], [], color=figures.GREY, label=figures.STD_DEAD_LABEL, **figures.STD_DEAD))
-    part.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figures.add_legend(part, handles)
 
 
 def main(args: Args) -> None:

@@ -1,7 +1,9 @@
 """scripts/compare.py: a few runs in one table and one picture."""
 
+import itertools
 import sys
 
+import matplotlib.style
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
@@ -38,6 +40,24 @@ def test_two_runs_of_an_activation_have_their_own_colors(tmp_path, runs_dir):
     assert [line.get_color() for line in lines[:6]] == [line.get_color() for line in lines[6:]]  # dead, constant
     (legend,) = (legend for part in figure.subfigs for legend in part.legends)
     assert [handle.get_color() for handle in legend.get_lines()[:6]] == [line.get_color() for line in lines[:6]]
+
+
+def test_labels_say_what_differs_and_fit(tmp_path, runs_dir):
+    """Would catch: folders' names for labels, titles that run into each other, a legend wider than the picture."""
+    runs = [make_run(runs_dir, "dqn", "Pong", "tanh-lan", seed) for seed in (1, 2)]
+    runs.append(make_run(runs_dir, "ppo", "Breakout", "tanh-lan", 1, exp_name="an_ablation_with_a_long_name"))
+    runs = [compare.read_run(folder) for folder in runs]
+    assert compare.labels_of(runs[:2]) == ["Tanh (LaN), seed 1", "Tanh (LaN), seed 2"]
+    assert compare.labels_of([runs[0], runs[0]]) == ["Tanh (LaN), folder 1", "Tanh (LaN), folder 2"]
+    with matplotlib.style.context(compare.figures.LOOK):
+        figure = compare.draw(runs)
+        figure.get_layout_engine().execute(figure)
+        (legend,) = (legend for part in figure.subfigs for legend in part.legends)
+        for box in [legend.get_window_extent()] + [axes.title.get_window_extent() for axes in figure.axes]:
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+        titles = [axes.title.get_window_extent() for axes in figure.subfigs[-1].axes if axes.get_title()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(titles))
 
 
 def test_damage_and_unequal_lengths_are_said(tmp_path, runs_dir, capsys):

@@ -153,6 +153,20 @@ def test_only_draws_what_was_asked_for(tmp_path, study):
     assert names == {"fig01_dqn_relu_tanh", "fig06b_dqn_effective_rank"}
 
 
+def test_what_an_earlier_drawing_left_is_named(tmp_path, runs_dir, capsys):
+    """Would catch: figures of an algorithm whose runs are gone, beside those of today; a picture of the user's own."""
+    make_run(runs_dir, "pqn", "Pong", "relu", 1)
+    draw(runs_dir, tmp_path / "out", "study_pqn")
+    (tmp_path / "out" / "mine.png").write_bytes(b"")
+    shutil.rmtree(next(runs_dir.iterdir()))
+    make_run(runs_dir, "dqn", "Pong", "relu", 1)
+    capsys.readouterr()
+    draw(runs_dir, tmp_path / "out", "study_dqn")
+    assert "earlier" not in capsys.readouterr().err  # nothing else was asked for
+    draw(runs_dir, tmp_path / "out")
+    assert f"from an earlier drawing, still in {tmp_path / 'out'}: study_pqn\n" in capsys.readouterr().err
+
+
 def test_needs_no_torch():
     """torch and the training scripts would cost seconds at every start."""
     code = "import sys, plot_results; print(*({'torch', 'metrics', 'gymnasium', 'ale_py'} & set(sys.modules)))"

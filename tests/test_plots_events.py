@@ -131,6 +131,12 @@ def test_cache_is_used_refreshed_and_rebuilt(tmp_path, runs_dir, capsys, monkeyp
     assert (count, read) == (1, [folders[0]])
     monkeypatch.setattr(events, "CACHE_FORMAT", -1)
     assert read_all()[1] == 2
+    # A disk that is away for a moment. Would catch: its error in the cache, and a run that stays left out.
+    (tmp_path / folders[0].name).unlink()
+    with monkeypatch.context() as away:
+        away.setattr(events.Path, "read_bytes", lambda file: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        assert "cannot be read (denied)" in read_all()[0][0][2][0]
+    assert read_all()[0][0][2] == []
 
 
 # --------------------------------------------------------------------------------------- order and oddities

@@ -369,6 +369,32 @@ def test_a_legend_stays_within_its_figure(width):
         assert more.get_window_extent().width > figure.bbox.width
 
 
+def test_a_long_legend_leaves_the_panel_its_height():
+    """Would catch: a panel of half an inch below twelve entries."""
+    heights = []
+    for entries in (2, 12):
+        lines = [figures.Line2D([], [], label=f"Tanh (LaN), experiment {n}, 3 runs") for n in range(entries)]
+        with matplotlib.style.context(figures.LOOK):
+            figure = figures.Figure((3.4, 2.9), layout="constrained")
+            axes = figure.subplots()
+            figures.add_legend(figure, lines)
+            figure.get_layout_engine().execute(figure)
+            heights.append(axes.get_position().height * figure.get_figheight())
+    assert heights[1] > 0.8 * heights[0]
+
+
+def test_captions_count_the_unfinished_runs_that_are_drawn(tmp_path, runs_dir, capsys):
+    """Would catch: runs of Qbert, or without layers, in the caption of a figure that does not show them."""
+    for game in ("Breakout", "Qbert"):
+        make_run(runs_dir, "dqn", game, "relu", 1, finished=False, stop=0.5)
+    make_run(runs_dir, "dqn", "Breakout", "tanh", 1, finished=False, stop=0.5, layers=False)
+    read = read_study(runs_dir, tmp_path, allow_unfinished=True)
+    about = {name: figures.about_unfinished(read, plot) for name, plot in figures.FIGURES.items() if "dqn" in name}
+    assert about["study_dqn"] == ["Of 3 runs 3 unfinished."]
+    assert about["layers_dqn"] == ["Of 2 runs 2 unfinished."]
+    assert about["fig04_dqn_densities"] == []
+
+
 def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):
     """Would catch: a figure with only the counts that depend on where and how large z is."""
     make_run(runs_dir, "dqn", "Pong", "relu", 1)
@@ -507,5 +533,15 @@ def test_algorithms_are_drawn_side_by_side_on_the_same_axes(tmp_path, runs_dir):
     assert missing == ["no PQN Tanh in Pong"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["ReLU", "Tanh"]  # SELU is DQN's alone
+    # Would catch: lines that no legend names, where several have just what the main figures show.
+    for activation in figures.study.MAIN:
+        for algorithm in ("dqn", "ppo"):
+            make_run(runs_dir, algorithm, "Pong", activation, 2)
+    make_run(runs_dir, "ppo", "Pong", "swish", 1)
+    figure, _ = figures.draw_algorithms(read_study(runs_dir, tmp_path), plot)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["ReLU", "Tanh", "Sigmoid", "Tanh (LaN)"]
+    colors = [line.get_color() for line in figure.legends[0].get_lines()]
+    assert {line.get_color() for axes in figure.axes for line in axes.get_lines()} == set(colors)
     assert "algorithms" not in figures.figures_of(["dqn"])
     assert report.title_of("algorithms") == "Algorithms"

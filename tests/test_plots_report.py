@@ -107,8 +107,20 @@ def test_means_over_fewer_games_say_so(tmp_path, runs_dir):
     for table in tables:
         (tanh,) = [line for line in table.splitlines() if line.startswith("| DQN | Tanh")]
         (relu,) = [line for line in table.splitlines() if line.startswith("| DQN | ReLU")]
-        assert tanh.count("(1 of 2 games)") >= 6
+        assert tanh.count("(1 of 2 games)") >= 7
         assert "games)" not in relu
+
+
+def test_tables_say_which_runs_have_not_finished(tmp_path, runs_dir):
+    """Would catch: a LaN that is surely better than a ReLU which was trained for half as long."""
+    make_run(runs_dir, "dqn", "Pong", "relu", 1, finished=False, stop=0.5)
+    make_run(runs_dir, "dqn", "Pong", "tanh-lan", 1)
+    draw(runs_dir, tmp_path / "out", "tables", allow_unfinished=True)
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| DQN | ReLU | 1 (1 unfinished) | 0 | 0 |" in text
+    assert "| DQN | Tanh (LaN) | 1 | 0 | 0 |" in text
+    (lan,) = [line for line in text.split("\n## ")[3].splitlines() if line.startswith("| DQN | Tanh (LaN)")]
+    assert lan.split(" | ")[-2:] == ["–", "1 |"]  # noqa: RUF001 (no improvement over ReLU, of 1 run)
 
 
 def test_the_controls_are_claimed_to_do_better_by_every_count():

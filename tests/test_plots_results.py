@@ -185,6 +185,37 @@ def test_every_experiment_has_its_own_line(tmp_path, runs_dir):
     assert len({line.get_label() for line in lines}) == len({line.get_color() for line in lines}) == len(lines) == 5
 
 
+def test_experiments_differ_in_colour_and_dashes(runs_dir):
+    """Would catch: looks that depend on names alone, as those of lr3e-3 and lr5e-4 once were the same."""
+    names = ("dqn_atari_lan", "lr3e-3", "lr5e-4", "lr2e-3")
+    for name in names:
+        make_run(runs_dir, "dqn", "Pong", "tanh", 1, exp_name=name)
+    runs, _ = results.find_runs(runs_dir, runs_dir)
+    styles = [figures.study.style(run.activation) for run in results.choose_experiments(runs, names)]
+    assert len({style.color for style in styles}) == len({str(style.dashes) for style in styles}) == 4
+
+
+def test_a_short_search_does_not_push_out_what_it_is_shown_beside(tmp_path, runs_dir):
+    """Would catch: many short runs, named second, whose length becomes the usual one."""
+    for seed in (1, 2, 3):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed)
+    for seed in range(1, 6):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed, agent_steps=10_000, exp_name="search")
+    drawn = read_study(runs_dir, tmp_path, exp_names=("dqn_atari_lan", "search")).drawn
+    assert drawn["activation"].tolist() == ["relu"] * 3
+    drawn = read_study(runs_dir, tmp_path, exp_names=("search", "dqn_atari_lan")).drawn
+    assert drawn["activation"].tolist() == ["relu"] * 5
+
+
+def test_an_unfinished_relu_does_not_set_the_scale(tmp_path, runs_dir):
+    """Would catch: 0 and 1 from a tenth of the training, and a finished ReLU whose normalised score is far above 1."""
+    for seed in (1, 2):
+        make_run(runs_dir, "dqn", "Pong", "relu", seed)
+    whole = read_study(runs_dir, tmp_path, allow_unfinished=True).scales
+    make_run(runs_dir, "dqn", "Pong", "relu", 3, finished=False, stop=0.1)
+    assert read_study(runs_dir, tmp_path, allow_unfinished=True).scales == whole
+
+
 def test_of_each_algorithm_the_first_experiment_named_is_the_usual_one(runs_dir):
     """Would catch: PPO's runs under a suffix because DQN's experiment was named before."""
     for algorithm in ("dqn", "ppo"):
