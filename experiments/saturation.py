@@ -313,7 +313,7 @@ def report(
 
     def counted(activation: str, factors: int) -> list[str]:
         rows = select(unsaturated, activation=activation, factors=factors)
-        return [activation, str(factors), *(f"{row['simulated']:.0%}" for row in rows)]
+        return [activation, str(factors), *(f"{row['simulated']:.1%}" for row in rows)]
 
     def reaches(activation: str, weights: str) -> list[str]:
         rows = [row for row in select(gradients, activation=activation, weights=weights) if row["bias"] in biases]
