@@ -232,8 +232,8 @@ def cpu_seconds(pid: int) -> float:
     """Of a process and of the workers that it has."""
     process = psutil.Process(pid)
     seconds = sum(process.cpu_times()[:2])
-    for worker in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # it, or a worker, ends meanwhile
+        for worker in process.children(recursive=True):
             seconds += sum(worker.cpu_times()[:2])
     return seconds
 
