@@ -104,9 +104,11 @@ def main(args: Args) -> None:
         if "tables" in items:
             writing.result()
             made = making.result()
-    both = {file.stem for file in out_dir.glob("*.png")} & {file.stem for file in out_dir.glob("*.pdf")}
-    if stale := sorted((both - set(pictures)) & set(names) if args.only else both - set(pictures)):
-        missing[f"from an earlier drawing, still in {out_dir}"] = stale
+    stale = {file.stem for file in out_dir.glob("*.png") if file.with_suffix(".pdf").exists()} - set(pictures)
+    if args.only:
+        stale &= set(names)
+    if stale:
+        missing[f"from an earlier drawing, still in {out_dir}"] = sorted(stale)
     messages += [f"{what}: {', '.join(found)}" for what, found in missing.items()]
     print_lines(messages)
 

@@ -438,9 +438,8 @@ def breakdown(algorithm: str, env_id: str, num_threads: int, more_flags: list[st
         ("metrics", "_measure", "metrics_frequency"),
         ("checkpoints", "_save", "checkpoint_frequency"),
     ):
-        if (
-            call in learning["calls"]
-        ):  # as often as by default; DQN's memory is nearly empty here, and so its checkpoint small
+        # As often as by default; DQN's memory is nearly empty here, and so its checkpoint small.
+        if call in learning["calls"]:
             seconds = learning["spent"][label] / learning["calls"][call]
             shares[label] = seconds / getattr(module.Args(), frequency)
     total = sum(shares.values())

@@ -19,16 +19,7 @@ from plots.report import NOTHING, markdown_table
 from plots.results import RecordedRun, read_run
 from plots.statistics import LAST_GAMES, score_curve
 
-STEPS = (
-    200_000,
-    500_000,
-    750_000,
-    1_000_000,
-    1_500_000,
-    2_000_000,
-    2_500_000,
-    *range(3_000_000, 10_000_001, 1_000_000),
-)
+STEPS = (200_000, 500_000, 750_000, *range(1_000_000, 3_000_000, 500_000), *range(3_000_000, 10_000_001, 1_000_000))
 WINDOW = 100_000  # agent steps before each of these over which measurements are averaged: ten of them by default
 PERCENT, RANK, SCORE = "{:.1%}", "{:.0f}", "{:.1f}"
 QUANTITIES = {

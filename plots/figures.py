@@ -910,8 +910,8 @@ def about_published(results: Results, plot: Plot) -> list[str]:
 
 def about_unfinished(results: Results, plot: Plot) -> list[str]:
     """A sentence for the caption of a figure that shows runs which have not finished."""
-    drawn, curves = results.drawn, (draw_panels, draw_study, draw_games, draw_controls, draw_layers, draw_algorithms)
-    if plot.draw not in curves:  # one run of each activation
+    drawn = results.drawn
+    if plot.draw is draw_densities:  # of one run of each activation
         return []
     if plot.draw is not draw_algorithms:
         of_algorithm = drawn["algorithm"] == plot.runs.algorithm

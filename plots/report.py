@@ -292,11 +292,10 @@ def make_tables(results: Results, runs: Sequence[RecordedRun]) -> list[Table]:
         steps = of_algorithm.loc[of_algorithm["drawn"], "agent_steps"]
         are_equally_long = steps.empty or equally_long(steps.min(), steps.max())
         for activation in activations_of([run for run in runs if run.algorithm == algorithm]):
-            drawn = of_algorithm.loc[of_algorithm["activation"] == activation, "drawn"]
+            of_activation = of_algorithm[of_algorithm["activation"] == activation]
+            drawn = of_activation["drawn"]
+            unfinished = (drawn & ~of_activation["finished"]).sum()
             head = {"algorithm": algorithm.upper(), "activation": study.style(activation).label}
-            unfinished = int(
-                (of_algorithm["drawn"] & ~of_algorithm["finished"] & (of_algorithm["activation"] == activation)).sum()
-            )
             row = {
                 "runs": f"{drawn.sum()}" + (f" ({unfinished} unfinished)" if unfinished else ""),
                 "left out": (~drawn).sum(),

@@ -133,8 +133,8 @@ def read_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
             return read_weights(folder, kept[-1])
         unsaved = (
             "nothing is saved yet, no model.pt, checkpoint or kept weights; a run saves every --checkpoint-frequency "
+            "steps and when Ctrl-C stops it, and with --env-backend ale only at its end"
         )
-        unsaved += "steps and when Ctrl-C stops it, and with --env-backend ale only at its end"
         raise BadInput(f"{folder}: " + (f"none of its {len(files)} checkpoints is whole" if files else unsaved))
     return _load(model), int(read_json(folder / "status.json").get("step") or 0), model
 
@@ -293,9 +293,8 @@ def main(args: Args) -> None:
     of_run = SimpleNamespace(**{"repeat_action_probability": 0.0} | flags | {"seed": seed})
 
     algorithm = script.__name__.removesuffix("_atari_lan").upper()
-    state = (
-        "finished" if file.name == "model.pt" else "kept along the way" if file.suffix == ".pt" else "not finished yet"
-    )
+    of_weights = "finished" if file.name == "model.pt" else "kept along the way"
+    state = of_weights if file.suffix == ".pt" else "not finished yet"
     print_line(f"{algorithm}, {group_of(flags)}, on {flags['env_id']}, games of seed {seed}")
     print_line(f"  weights   {file}")
     print_line(f"  trained   {step:,} agent steps, {state}")

@@ -24,7 +24,6 @@ FIGURES: dict[str, list[Needed]] = defaultdict(list)  # the controls have one fo
 for name, runs in RUNS_OF_FIGURES.items():
     FIGURES[name.split("-")[0]].append(runs)
 
-
 PAPERS = "by default the paper's, or what --figure needs"
 
 

@@ -393,6 +393,7 @@ def test_captions_count_the_unfinished_runs_that_are_drawn(tmp_path, runs_dir, c
     assert about["study_dqn"] == ["Of 3 runs 3 unfinished."]
     assert about["layers_dqn"] == ["Of 2 runs 2 unfinished."]
     assert about["fig04_dqn_densities"] == []
+    assert about["fig13_dqn_dying_probability"] == ["Of 3 runs 3 unfinished."]  # curves of every run
 
 
 def test_dead_and_rank_are_shown_both_ways(tmp_path, runs_dir):
